@@ -1,0 +1,1 @@
+"""Tests against a real Slurm, sshd and Apptainer on this machine (see tests/cluster)."""

@@ -1,0 +1,102 @@
+"""Fixtures of the integration tests: the cluster, its images, an installed hpc, a folder to work in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .cluster import Cluster
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parent.parent
+NO_ROOT = "INTEGRATION TESTS NOT RUN: the test cluster needs root (namespaces, slurmd, users)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all tests of this folder, so that `-m "not integration"` leaves them out."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", "integration: needs the real test cluster, and so root")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without root: skip on a laptop, but never go green in CI by skipping."""
+    if os.geteuid() != 0:
+        if os.environ.get("CI"):
+            pytest.fail(NO_ROOT, pytrace=False)
+        item.config.stash[_skipped] = True
+        pytest.skip("needs root")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say once, where it is seen, that a whole folder was skipped."""
+    if config.stash.get(_skipped, False):
+        terminalreporter.write_line(NO_ROOT, red=True, bold=True)
+
+
+_skipped = pytest.StashKey[bool]()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The cluster, up. It stays up afterwards if it was up before."""
+    it = Cluster()
+    was_up = it.is_up()
+    it.up()
+    yield it
+    if not was_up:
+        it.down()
+
+
+@pytest.fixture(scope="session")
+def base_sif(cluster: Cluster) -> Path:
+    """The image with Debian and Python alone."""
+    return cluster.images("base")
+
+
+@pytest.fixture(scope="session")
+def train_sif(cluster: Cluster) -> Path:
+    """The image with the training environment."""
+    return cluster.images("train")
+
+
+@pytest.fixture(scope="session")
+def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv that alice and bob can run, with hpc installed from a wheel of this checkout; bin/hpc is in it."""
+    venv = cluster.dir / "hpc-venv"
+    pip = (venv / "bin" / "python", "-m", "pip", "-q")
+    wheels = tmp_path_factory.mktemp("wheel")
+
+    def run(*argv: str | Path) -> None:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    if not (venv / "bin" / "pip").exists():
+        # Debian's python: one under root's home could not be run by anybody else
+        run("/usr/bin/python3", "-m", "venv", venv)
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, CHECKOUT)
+    (wheel,) = wheels.glob("*.whl")
+    run(*pip, "install", wheel)
+    # once more: the version may be the one that is there, while the code has changed
+    run(*pip, "install", "--no-deps", "--force-reinstall", wheel)
+    return venv
+
+
+@pytest.fixture
+def workdir(cluster: Cluster) -> Iterator[Path]:
+    """A fresh folder of alice's on the file system that all nodes share."""
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
+    shutil.chown(folder, "alice", "alice")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
