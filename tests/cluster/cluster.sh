@@ -29,7 +29,7 @@ die() { say "$*"; exit 1; }
 
 packages() {
     local want=(slurm-wlm slurm-client slurmdbd slurm-wlm-basic-plugins munge mariadb-server openssh-server openssh-client
-        iproute2 util-linux procps python3-venv)
+        iproute2 util-linux python3-venv)
     dpkg-query -W -f='${Status}\n' "${want[@]}" 2>/dev/null | grep -c 'ok installed' | grep -qx "${#want[@]}" && return
     say "installing packages"
     export DEBIAN_FRONTEND=noninteractive
@@ -162,7 +162,7 @@ status() {
 
 wipe() { down; rm -rf "$CL"/{state-*,spool,mysql,run,log,mode,accounts.done}; }
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 verb=${1:-}
 [ $# = 0 ] || shift
 [[ $verb == in ]] || [ "$(id -u)" = 0 ] || die "needs root"
@@ -175,7 +175,7 @@ case $verb in
         MODE="accounting=$ACCOUNTING memory=$MEMORY root=${ROOT:-/}"
         case $verb in
             up | down | wipe) [ $# = 0 ] || usage ;;
-            *) [ $# = 1 ] || usage ;;
+            *) [ $# = 1 ] || usage; check_name "$1" ;;
         esac
         "$verb" "$@" ;;
     *) usage ;;

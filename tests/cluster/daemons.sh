@@ -5,6 +5,9 @@
 core_daemons() { [ "$ACCOUNTING" = none ] || echo mariadbd slurmdbd; echo slurmctld sshd; }
 all_daemons() { core_daemons | tr ' ' '\n'; node_names | sed 's/^/slurmd-/'; }
 
+known() { all_daemons; node_names | sed 's/^/sshd-/'; }
+check_name() { known | grep -qx -- "$1" || die "no daemon is called $1 (there are: $(all_daemons | xargs))"; }
+
 pid_of() {  # prints the pid of a running daemon (a zombie does not run)
     local pid
     pid=$(cat "$CL/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] && grep -q '^State:\s*[^Z]*$' "/proc/$pid/status" 2>/dev/null && echo "$pid"
@@ -59,7 +62,6 @@ start() {  # NAME   and waits until it answers
             mkdir -p /run/sshd
             spawn "$1" "${node:-login}" /usr/sbin/sshd -D -e -f /dev/null -h "$CL/ssh/host_ed25519" -o PidFile=none -o UsePAM=no \
                 -o PasswordAuthentication=no -o AuthorizedKeysFile=.ssh/authorized_keys ;;
-        *) die "no daemon is called $1 (there are: $(all_daemons | xargs))" ;;
     esac
 }
 

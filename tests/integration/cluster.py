@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "cluster"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
-class CommandFailed(AssertionError):
+class CommandError(AssertionError):
     """A command ended with another exit code than 0; the message shows what it printed."""
 
     def __init__(self, result: subprocess.CompletedProcess[str], argv: tuple[str, ...]) -> None:
@@ -87,7 +87,7 @@ class Cluster:
             raise
         result = subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
         if check and result.returncode:
-            raise CommandFailed(result, argv)
+            raise CommandError(result, argv)
         return result
 
     def popen(
@@ -118,5 +118,5 @@ class Cluster:
         argv = (str(SCRIPTS / script), *args)
         result = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if result.returncode:
-            raise CommandFailed(result, argv)
+            raise CommandError(result, argv)
         return result.stdout

@@ -25,11 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
-    config.addinivalue_line("markers", "integration: needs the real test cluster, and so root")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without root: skip on a laptop, but never go green in CI by skipping."""
     if os.geteuid() != 0:
@@ -73,7 +68,7 @@ def train_sif(cluster: Cluster) -> Path:
 
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A venv that alice and bob can run, with hpc installed from a wheel of this checkout; bin/hpc is in it."""
+    """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
     venv = cluster.dir / "hpc-venv"
     pip = (venv / "bin" / "python", "-m", "pip", "-q")
     wheels = tmp_path_factory.mktemp("wheel")

@@ -47,7 +47,8 @@ def test_laptop_reaches_the_login_node_only(cluster: Cluster, workdir: Path) -> 
 
 def test_srun_on_two_nodes(cluster: Cluster) -> None:
     names = cluster.run("alice", "srun", "-N2", "--ntasks-per-node=1", "hostname").stdout.split()
-    assert len(set(names)) == 2 and set(names) <= set(cluster.nodes)
+    assert len(set(names)) == 2
+    assert set(names) <= set(cluster.nodes)
 
 
 def test_over_its_memory_a_job_ends_out_of_memory(cluster: Cluster, workdir: Path) -> None:
@@ -62,13 +63,15 @@ def test_a_container_in_a_job_sees_its_gpu(cluster: Cluster, base_sif: Path) -> 
     show = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['SLURM_JOB_ID'])"
     inside = ("apptainer", "exec", str(base_sif), "python3", "-c", show)
     device, job = cluster.run("alice", "srun", "--gres=gpu:1", *inside).stdout.split()
-    assert device in "01234567" and job.isdigit()
+    assert device in "01234567"
+    assert job.isdigit()
 
 
 def test_bob_cannot_read_what_is_alices(cluster: Cluster, workdir: Path) -> None:
     cluster.run("alice", "sh", "-c", "echo secret >token; chmod 644 token", cwd=workdir)
     refused = cluster.run("bob", "cat", str(workdir / "token"), check=False)
-    assert "Permission denied" in refused.stderr and refused.stdout == ""
+    assert "Permission denied" in refused.stderr
+    assert refused.stdout == ""
 
 
 def test_a_stopped_controller_is_noticed_and_comes_back(cluster: Cluster) -> None:
