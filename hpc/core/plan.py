@@ -1,0 +1,305 @@
+"""PURE: stages + configs + site + facts -> the DAG with keys, resources and refusals. Reads and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from hpc.core import config as configs
+from hpc.core.errors import Refused, UsageError
+from hpc.core.limits import Limits, refuse
+from hpc.core.site import Site
+from hpc.core.stage import Kind, Resources, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The image or venv that a stage runs in."""
+
+    name: str
+    kind: Literal["sif", "venv"]
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one input of a stage comes from."""
+
+    name: str
+    kind: Kind
+    stage: str | None
+    """The stage of this plan that produces it, or None: it is there already."""
+    value: str
+    """The output's name there, or the absolute path, or the model's name on the hub."""
+    key: str
+    """Key of the producing stage, or the content's hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One stage, decided: what it gets, what it needs, and the key that names its result."""
+
+    stage: Stage
+    config: Any
+    resources: Resources
+    environment: Environment
+    sources: tuple[Source, ...]
+    reads: tuple[str, ...]
+    """Absolute paths outside the run that it reads."""
+    key: str
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The stages of this plan that it waits for."""
+        return tuple(dict.fromkeys(s.stage for s in self.sources if s.stage is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The stages in the order in which they are submitted."""
+
+    stages: tuple[Planned, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {p.name: p.key for p in self.stages}
+
+
+class Facts(Protocol):
+    """What planning must know of the world; gathered by the caller."""
+
+    def path(self, text: str) -> str | None:
+        """The absolute path that `text` means, or None where nothing is there."""
+
+    def digest(self, path: str) -> str:
+        """The content hash of a file or folder."""
+
+    def environment(self, name: str) -> Environment:
+        """The image or venv of that name; an HpcError where it is missing."""
+
+    def source(self, stage: Stage) -> bytes:
+        """The stage's source file."""
+
+    def limits(self) -> Limits | None:
+        """What the partition and its nodes allow; None where the scheduler sets no limits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """One stage as the settings ask for it."""
+
+    stage: Stage
+    config: Any
+    overrides: Mapping[str, int]
+    """Single values of Resources, from `resources = {…}` or the command line."""
+
+
+def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts) -> Plan:
+    """The plan for the `wanted` stages and those before them whose outputs they need.
+
+    Refused where it cannot work, UsageError where something that it reads is missing.
+    """
+    by_name = {w.stage.name: w for w in wishes}
+    order = list(by_name)
+    needed = _closure(wanted, by_name, order)
+    limits = facts.limits()
+    planned: dict[str, Planned] = {}
+    notes: list[str] = []
+    for name in order:
+        if name in needed:
+            one, remark = _one(by_name[name], planned, order, by_name, site, facts, limits)
+            planned[name] = one
+            notes += remark
+    return Plan(stages=tuple(planned.values()), notes=tuple(notes))
+
+
+def producer(
+    kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]
+) -> tuple[str, str] | None:
+    """(stage, output name) of the nearest stage ahead of `before` that produces the kind."""
+    for name in reversed(order[: order.index(before)]):
+        for output, artifact in wishes[name].stage.outputs(wishes[name].config).items():
+            if artifact.kind == kind:
+                return name, output
+    return None
+
+
+def _closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[str]) -> set[str]:
+    needed: set[str] = set()
+    waiting = list(wanted)
+    while waiting:
+        name = waiting.pop()
+        if name in needed:
+            continue
+        needed.add(name)
+        wish = wishes[name]
+        for field, wanted_input in wish.stage.consumes.items():
+            if getattr(wish.config, field, None) is None:
+                found = producer(wanted_input.kind, name, order, wishes)
+                if found:
+                    waiting.append(found[0])
+    return needed
+
+
+def _one(
+    wish: Wish,
+    planned: Mapping[str, Planned],
+    order: Sequence[str],
+    wishes: Mapping[str, Wish],
+    site: Site,
+    facts: Facts,
+    limits: Limits | None,
+) -> tuple[Planned, list[str]]:
+    stage = wish.stage
+    sources = tuple(_source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
+    absolute = {s.name: s.value for s in sources if s.stage is None}
+    files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
+    config = _with_paths(wish.config, absolute, files)
+    if stage.check is not None:
+        stage.check(config)
+    resources, notes = fit(
+        stage, dataclasses.replace(stage.resources(config), **wish.overrides), site, limits
+    )
+    environment = facts.environment(stage.container)
+    key = configs.key_of(
+        stage.name,
+        _without_paths(config, absolute, files),
+        [[s.name, s.key] for s in sources],
+        [facts.digest(path) for path in files.values()],
+        environment.digest,
+        facts.source(stage),
+    )
+    reads = tuple(p for p in (*absolute.values(), *files.values()) if p.startswith("/"))
+    return (
+        Planned(
+            stage=stage,
+            config=config,
+            resources=resources,
+            environment=environment,
+            sources=sources,
+            reads=reads,
+            key=key,
+        ),
+        notes,
+    )
+
+
+def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tuple[Resources, list[str]]:
+    """The resources that the site can be asked for, with what was changed; Refused where they can't be had."""
+    if site.gpus == "none" and asked.gpus_per_node:
+        note = f"{stage.name}: site '{site.name}' gives no GPUs, it runs on the CPU"
+        asked, notes = dataclasses.replace(asked, gpus_per_node=0), [note]
+    else:
+        notes = []
+    if (
+        asked.nodes < 1
+        or asked.cpus_per_task < 1
+        or asked.mem_gb < 1
+        or asked.time_min < 1
+        or asked.gpus_per_node < 0
+    ):
+        raise UsageError(
+            f"{stage.name}: resources must be positive, not {asked}", hint="see `resources` in hpc.toml"
+        )
+    if site.scheduler == "local" and asked.nodes > 1:
+        raise Refused(
+            f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
+            hint="choose a Slurm site with --site, or nodes = 1",
+        )
+    if stage.launcher == "python" and (asked.nodes > 1 or asked.gpus_per_node > 1):
+        raise Refused(
+            f"{stage.name} is one process: it cannot use {asked.nodes} nodes with {asked.gpus_per_node} GPUs each",
+            hint=f"set {stage.name}.resources to nodes = 1 and gpus_per_node = 1",
+        )
+    if limits is not None:
+        refuse(stage.name, asked, site, limits)
+    return asked, notes
+
+
+def _source(
+    wish: Wish,
+    name: str,
+    planned: Mapping[str, Planned],
+    order: Sequence[str],
+    wishes: Mapping[str, Wish],
+    facts: Facts,
+) -> Source:
+    stage, kind = wish.stage, wish.stage.consumes[name].kind
+    given = getattr(wish.config, name, None)
+    if given is not None:
+        path = facts.path(given)
+        if path is None and kind == "hf_model" and is_hub_name(given):
+            return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
+        if path is None:
+            raise UsageError(
+                f"{stage.name}.{name}: there is no '{given}'",
+                hint="give a folder or file that exists"
+                + (", or a model's name on the hub (organisation/name)" if kind == "hf_model" else ""),
+            )
+        return Source(name=name, kind=kind, stage=None, value=path, key=facts.digest(path))
+    found = producer(kind, stage.name, order, wishes)
+    if found is None:
+        raise Refused(
+            f"{stage.name} needs a {kind} as '{name}', and no stage before it in the pipeline makes one",
+            hint=f"set {stage.name}.{name}, or put the stage that makes it into pipeline.stages",
+        )
+    return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
+
+
+def is_hub_name(text: str) -> bool:
+    """True for organisation/name.
+
+    >>> is_hub_name("meta-llama/Llama-2-7b-chat-hf"), is_hub_name("./models/x"), is_hub_name("models/x.gguf")
+    (True, False, False)
+    """
+    head, slash, tail = text.partition("/")
+    return (
+        bool(slash and head and tail)
+        and "/" not in tail
+        and head[0] not in "./~"
+        and not tail.endswith(".gguf")
+    )
+
+
+def _existing(text: str, stage: str, facts: Facts) -> str:
+    path = facts.path(text)
+    if path is None:
+        raise UsageError(
+            f"{stage}: the file '{text}' is not there",
+            hint="paths in hpc.toml count from its folder; check the spelling",
+        )
+    return path
+
+
+def _with_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> Any:
+    """The config with every path that it names made absolute."""
+    changes: dict[str, Any] = dict(absolute)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and value in files:
+            changes[field.name] = files[value]
+        elif isinstance(value, tuple) and any(v in files for v in value):
+            changes[field.name] = tuple(files.get(v, v) for v in value)
+    return dataclasses.replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
+
+
+def _without_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Any]:
+    """The config as it counts in the key: a path counts by its content, not by where it lies."""
+    gone = {*absolute.values(), *files.values()}
+    return {k: None if _is_path(v, gone) else v for k, v in configs.encode(config).items()}
+
+
+def _is_path(value: Any, paths: set[str]) -> bool:
+    return (
+        value in paths
+        if isinstance(value, str)
+        else isinstance(value, list) and any(v in paths for v in value)
+    )

@@ -1,0 +1,239 @@
+"""Every file name of a run, and the writing and reading of its files. Nobody else joins these paths.
+
+<runs>/<run-id>/run.json             what was asked
+                code/                the snapshot that the jobs import
+                <stage>/config.json  the config with every default, the inputs and outputs
+                        job.json     the latest submission: attempt, job id, comment, key
+                        attempt-N/   stdout, stderr, events.jsonl, launch.json, outcome.json, scheduler/
+                        checkpoints/ what outlives an attempt
+                        out/         the outputs
+                        manifest.json   written last: the stage is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttemptDir:
+    """One submission of one stage."""
+
+    path: Path
+
+    @property
+    def stdout(self) -> Path:
+        return self.path / "stdout"
+
+    @property
+    def stderr(self) -> Path:
+        return self.path / "stderr"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def launch(self) -> Path:
+        """The container command and environment that were used."""
+        return self.path / "launch.json"
+
+    @property
+    def error(self) -> Path:
+        """What the runner says of an error that the user can mend."""
+        return self.path / "error.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def stop(self) -> Path:
+        """Written by `hpc cancel`: the end that follows was asked for."""
+        return self.path / "cancelled.json"
+
+    @property
+    def scheduler(self) -> Path:
+        """submitit's own folder: the batch script, its pickle and its logs."""
+        return self.path / "scheduler"
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """One stage of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def out(self) -> Path:
+        return self.path / "out"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    def attempt(self, number: int) -> AttemptDir:
+        return AttemptDir(self.path / f"attempt-{number}")
+
+    def done(self, key: str) -> bool:
+        """True where a manifest with this key exists."""
+        manifest = read_json(self.manifest)
+        return manifest is not None and manifest.get("key") == key
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def patch(self) -> Path:
+        """The project's uncommitted changes at submission."""
+        return self.path / "uncommitted.patch"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    def stage(self, name: str) -> StageDir:
+        return StageDir(self.path / name)
+
+
+@dataclass(frozen=True)
+class RunsDir:
+    """The folder that holds the runs."""
+
+    path: Path
+
+    @property
+    def cache(self) -> Path:
+        """Things made once for all runs: converted models, digests of large files."""
+        return self.path / ".cache"
+
+    @property
+    def digests(self) -> Path:
+        return self.cache / "digests.json"
+
+    def numbers(self) -> list[tuple[int, Path]]:
+        """(number, folder) of every run, the newest first."""
+        found = []
+        for entry in _scan(self.path):
+            head, _, tail = entry.name.rpartition("-")
+            if head and tail.isdigit() and entry.is_dir():
+                found.append((int(tail), Path(entry.path)))
+        return sorted(found, reverse=True)
+
+    def runs(self) -> Iterator[tuple[RunDir, dict[str, Any]]]:
+        """(folder, run.json) of every complete run folder, the newest first."""
+        for _, path in self.numbers():
+            run = RunDir(path)
+            asked = read_json(run.run)
+            if asked is not None:
+                yield run, asked
+
+    def next(self, name: str) -> RunDir:
+        """The folder that the next run of that name gets: its number is one above the highest."""
+        numbers = self.numbers()
+        return RunDir(self.path / f"{name}-{numbers[0][0] + 1 if numbers else 1}")
+
+
+def _scan(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The document, or None where it isn't there. Files are replaced whole, so there is no half of one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            document: dict[str, Any] = json.load(file)
+            return document
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_json(path: Path, document: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Replace the file by this document in one step. `durable` waits until it is on the disk."""
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n", durable=durable)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False, mode: int = 0o644) -> None:
+    """Replace the file by this text in one step: a reader sees the old one or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def append_event(path: Path, phase: str, **fields: Any) -> None:
+    """Add one line to events.jsonl: {"t": seconds, "phase": …, …}."""
+    line = json.dumps({"t": round(time.time(), 3), "phase": phase, **fields}, ensure_ascii=False)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def last_events(path: Path, size: int = 8192) -> list[dict[str, Any]]:
+    """The events in the last `size` bytes, oldest first; [] where there are none."""
+    events = []
+    for line in tail(path, size):
+        try:
+            events.append(json.loads(line))
+        except ValueError:  # cut off at the front, or being written at this moment
+            continue
+    return events
+
+
+def tail(path: Path, size: int = 8192) -> list[str]:
+    """The lines in the last `size` bytes of a text file; [] where it isn't there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - size))
+            return file.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []

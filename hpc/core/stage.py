@@ -1,0 +1,132 @@
+"""What a stage is, and how the stages are found: every module of `stages/` that has a STAGE. No registry."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hpc.core.errors import HpcError, UsageError, did_you_mean
+
+Kind = Literal["dataset", "hf_model", "lora_adapter"]
+Launcher = Literal["python"]
+
+STOPPED = 85
+"""Exit code of a stage that was asked to end, saved its work and left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one stage asks of the scheduler."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    cpus_per_task: int = 4
+    mem_gb: int = 16
+    """Host memory per node, GiB."""
+    time_min: int = 60
+    """Time limit, minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One thing that a stage consumes.
+
+    It comes from the field of the same name in the stage's config where that is set (a path, or for a model also
+    a name on the hub), else from the stage before it that produces this kind.
+    """
+
+    kind: Kind
+    optional: bool = False
+    """The stage can do without: where nothing gives it, `ctx.inputs` does not have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One thing that a stage produces: its kind, and its folder or file below the stage's `out/`."""
+
+    kind: Kind
+    path: str
+
+
+class Context(Protocol):
+    """What the runner hands to `run`, inside the image."""
+
+    inputs: Mapping[str, str]
+    """Input name -> absolute path (or, for a model, its name on the hub)."""
+    outputs: Mapping[str, Path]
+    """Output name -> absolute path to write to; its parent exists."""
+    checkpoints: Path
+    """A folder that outlives this attempt: what is saved here is there again when the stage is resumed."""
+    cache: Path
+    """A folder shared by all runs, for things that are made once (a converted model)."""
+
+    def progress(self, done: float, total: float, message: str = "", **metrics: float) -> None:
+        """Say how far the work is; shown by `hpc status` and `--wait`. Cheap: call it at every step."""
+
+    def metric(self, **values: Any) -> None:
+        """Record figures or short texts in the manifest (JSON values)."""
+
+    def stopping(self) -> bool:
+        """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the pipeline, declared by its module in `stages/`."""
+
+    name: str
+    summary: str
+    config: type[Any]
+    """A frozen, keyword-only dataclass of plain values: str, int, float, bool, tuples of them, None, Literal."""
+    container: str
+    """The environment it runs in: a name in `containers/` (train, serve-cpu, …)."""
+    consumes: Mapping[str, Input]
+    outputs: Callable[[Any], Mapping[str, Artifact]]
+    """config -> what it will produce."""
+    resources: Callable[[Any], Resources]
+    """config -> what it needs; `resources = {…}` in the settings overrides single values."""
+    run: Callable[[Any, Context], None]
+    files: Callable[[Any], tuple[str, ...]] = field(default=lambda config: ())
+    """config -> further files that it reads (data). Their content counts in the key; they must exist."""
+    check: Callable[[Any], None] | None = None
+    """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
+    launcher: Launcher = "python"
+
+
+def load(name: str) -> Stage:
+    """The stage of that name; UsageError, with the nearest name, where there is none."""
+    names = available()
+    if name not in names:
+        raise UsageError(f"there is no stage '{name}'", hint=did_you_mean(name, names))
+    stage = importlib.import_module(f"stages.{name}").STAGE
+    if not isinstance(stage, Stage) or stage.name != name:
+        raise HpcError(f"stages/{name}.py must define STAGE = Stage(name='{name}', …)")
+    return stage
+
+
+def available() -> list[str]:
+    """The names of all stages, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(folder())]) if not m.name.startswith("_"))
+
+
+def folder() -> Path:
+    """The `stages` package that lies beside `hpc`; anybody else's `stages` on the path is refused."""
+    import stages
+
+    here = Path(__file__).resolve().parent.parent.parent
+    found = Path(str(stages.__file__)).resolve().parent
+    if found.parent != here:
+        raise HpcError(
+            f"another package named 'stages' hides ours: {found}",
+            hint="leave that folder, or take it off PYTHONPATH",
+        )
+    return found
+
+
+def source(stage: Stage) -> bytes:
+    """The stage's own source file: part of its key."""
+    return (folder() / f"{stage.name}.py").read_bytes()

@@ -1,0 +1,1 @@
+"""The login node: the command line, the settings, Slurm, what a person sees."""

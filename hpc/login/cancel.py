@@ -1,0 +1,42 @@
+"""Ends jobs: by job id in Slurm, by process on this machine; leaves a note, so that the end is known as asked for."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc.core import rundir
+from hpc.core.rundir import RunDir
+from hpc.login import batch, slurm
+from hpc.login.states import StageState
+from hpc.node.enter import alive
+
+_GRACE_S = 10
+
+
+def cancel(run: RunDir, chosen: Sequence[StageState]) -> None:
+    """End these stages, the last of the pipeline first, so that none starts because one before it ended."""
+    for state in chosen:
+        rundir.write_json(
+            run.stage(state.stage).attempt(state.attempt).stop, {"by": "hpc cancel", "t": time.time()}
+        )
+    jobs = [s.job_id for s in reversed(chosen) if s.scheduler == "slurm"]
+    if jobs:
+        slurm.cancel(jobs)
+    _local([s for s in reversed(chosen) if s.scheduler == "local"])
+
+
+def _local(chosen: Sequence[StageState]) -> None:
+    """SIGTERM lets a stage save its work; SIGKILL to the whole group after the grace time."""
+    processes = [(rundir.read_json(Path(s.folder) / "job.json") or {})["process"] for s in chosen]
+    for process in processes:
+        batch.stop_local(process)
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        while alive(process["pid"], process["start"]):
+            if time.monotonic() > deadline:
+                batch.stop_local(process, signal.SIGKILL)
+                break
+            time.sleep(0.05)

@@ -1,0 +1,144 @@
+"""argv -> one call -> what is printed. Errors are caught here, once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hpc import __version__
+from hpc.core.errors import HpcError, did_you_mean
+
+_EXIT_CODES = """exit codes:
+  0 done   1 failed   2 wrong usage or settings   3 refused: the plan cannot work
+  4 Slurm or Apptainer not reachable, or the job was rejected   5 endpoint not ready
+  6 verification failed   7 no such run, job or stage   8 stopped, resumable   130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = None
+    try:
+        options = parser().parse_args(arguments)
+        if options.command is None:
+            parser().print_help()
+            return 0
+        from hpc.login import commands
+
+        code: int = getattr(commands, options.command)(options)
+        sys.stdout.flush()
+        return code
+    except HpcError as error:
+        return _say(error.message, error.hint, error.exit_code, options)
+    except KeyboardInterrupt:
+        return _say("interrupted", "jobs that were submitted go on", 130, options)
+    except BrokenPipeError:  # `hpc logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return _say(
+            f"{error.filename or 'the disk'}: {(error.strerror or str(error)).lower()}",
+            "make room or ask for quota, then do the same again: nothing that is done was lost"
+            if full
+            else "check the path and its permissions",
+            1 if full else 2,
+            options,
+        )
+
+
+def _say(message: str, hint: str, code: int, options: argparse.Namespace | None) -> int:
+    if options is not None and getattr(options, "json", False):
+        document = {"schema": "hpc.error/1", "error": message, "hint": hint, "exit_code": code}
+        print(json.dumps(document, ensure_ascii=False))
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"  try: {hint}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that says `did you mean` and leaves through our own error."""
+
+    def error(self, message: str) -> Any:
+        from hpc.core.errors import UsageError
+
+        hint = f"`{self.prog} --help` shows what there is"
+        if "invalid choice: " in message:
+            word = message.partition("invalid choice: '")[2].partition("'")[0]
+            message, hint = f"there is no command '{word}'", did_you_mean(word, list(COMMANDS))
+        raise UsageError(message, hint=hint)
+
+
+COMMANDS = {
+    "stages": "the stages: what each consumes, produces and runs in",
+    "plan": "what would run, with which resources; submits nothing",
+    "submit": "run a stage or the pipeline, with what it needs and is not there yet",
+    "status": "where my runs stand, finished ones too",
+    "logs": "what a stage printed",
+    "cancel": "end a run's jobs, or one stage's",
+    "doctor": "what is there, what is missing, what to do",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="hpc",
+        description="From data to a fine-tuned model to an endpoint, as Slurm jobs in Apptainer images.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"hpc {__version__}")
+    top.set_defaults(command=None, json=False)
+    verbs = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    made = {}
+    for name, summary in COMMANDS.items():
+        made[name] = verbs.add_parser(
+            name, help=summary, description=summary[:1].upper() + summary[1:] + ".", epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if name != "logs":
+            made[name].add_argument("--json", action="store_true", help="one JSON document on stdout")
+    _what(made["plan"], nargs="?")
+    _what(made["submit"], nargs=None)
+    submit = made["submit"]
+    submit.add_argument("-n", "--dry-run", action="store_true", help="show exactly what would be submitted")
+    submit.add_argument("-w", "--wait", action="store_true", help="wait for the end, with progress")
+    status = made["status"]
+    status.add_argument("run", nargs="?", metavar="RUN", help="one run; without it the latest ones")
+    status.add_argument("-a", "--all", action="store_true", help="every run, however old")
+    status.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
+    for name in ("logs", "cancel"):
+        made[name].add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
+    made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
+    made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    made["doctor"].add_argument("--site", metavar="NAME", help="the site profile to check")
+    return top
+
+
+def _what(verb: argparse.ArgumentParser, nargs: str | None) -> None:
+    """The options that `plan` and `submit` share; those of Slurm are spelled as in sbatch."""
+    optional: dict[str, Any] = {"nargs": nargs, "default": "pipeline"} if nargs else {}
+    verb.add_argument("target", metavar="STAGE|pipeline", help="a stage's name, or pipeline", **optional)
+    verb.add_argument("--site", metavar="NAME", help="the site profile (default: hpc.toml's, else local)")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments",
+        help="change a setting, e.g. finetune.lora_r=16; repeatable",
+    )  # fmt: skip
+    verb.add_argument(
+        "--from", metavar="STAGE", dest="first", help="only from this stage on: earlier ones must be done"
+    )
+    verb.add_argument("--until", metavar="STAGE", dest="last", help="only up to this stage")
+    verb.add_argument("-p", "--partition", metavar="NAME")
+    verb.add_argument("-A", "--account", metavar="NAME")
+    verb.add_argument("-q", "--qos", metavar="NAME")
+    verb.add_argument("-t", "--time", metavar="TIME", help="time limit of each stage, as sbatch reads it")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

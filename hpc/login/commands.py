@@ -1,0 +1,280 @@
+"""One function per verb: settings -> plan -> submission, or the run folders -> what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from hpc.core import rundir
+from hpc.core import stage as stage_files
+from hpc.core.errors import NotFound, UsageError, did_you_mean
+from hpc.core.rundir import RunDir, RunsDir
+from hpc.login import view
+from hpc.login.states import Scheduler, StageState, states
+
+_LATEST = 10
+
+
+def stages(options: argparse.Namespace) -> int:
+    found = [stage_files.load(name) for name in stage_files.available()]
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": s.name,
+            "consumes": {name: i.kind for name, i in s.consumes.items()},
+            "produces": produced(s),
+            "environment": s.container,
+            "summary": s.summary,
+        }
+        for s in found
+    ]
+    if options.json:
+        _print_json("hpc.stages/1", stages=rows)
+        return 0
+    view.table(
+        ("STAGE", "CONSUMES", "PRODUCES", "ENVIRONMENT", "WHAT IT DOES"),
+        [
+            (
+                r["stage"],
+                ", ".join(r["consumes"].values()) or "-",
+                ", ".join(r["produces"].values()) or "-",
+                r["environment"],
+                r["summary"],
+            )
+            for r in rows
+        ],
+    )
+    return 0
+
+
+def produced(stage: stage_files.Stage) -> dict[str, str]:
+    """Output name -> kind, for a config with the defaults (and stand-ins for what has none)."""
+    import dataclasses
+
+    fields = dataclasses.fields(stage.config)
+    missing = dataclasses.MISSING
+    required = {f.name: "" for f in fields if f.default is missing and f.default_factory is missing}
+    return {name: artifact.kind for name, artifact in stage.outputs(stage.config(**required)).items()}
+
+
+def plan(options: argparse.Namespace) -> int:
+    from hpc.login.planning import make
+
+    work = make(options, Scheduler(), _chatter)
+    if options.json:
+        _print_json("hpc.plan/1", **work.document())
+        return 0
+    work.show(sys.stdout)
+    return 0
+
+
+def submit(options: argparse.Namespace) -> int:
+    from hpc.login import follow
+    from hpc.login.planning import make
+    from hpc.login.submit import submit as submit_all
+
+    scheduler = Scheduler()
+    work = make(options, scheduler, _chatter)
+    if options.dry_run:
+        if options.json:
+            _print_json("hpc.dry-run/1", run=work.submission.run.id, stages=work.dry_run())
+        else:
+            work.show_dry_run(sys.stdout)
+        return 0
+    submission = work.submission
+    quiet = options.json or options.wait
+    if submission.todo:
+        submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
+    code = 0
+    if options.wait:
+        code = follow.wait(submission.run, list(submission.plan.keys), sys.stderr)
+    if options.json:
+        rows = states([(submission.run, _asked(submission.run))], Scheduler())
+        _print_json("hpc.submit/1", run=submission.run.id, folder=str(submission.run.path), **_rows(rows))
+    else:
+        work.show_submitted(sys.stdout, waited=options.wait)
+    return code
+
+
+def status(options: argparse.Namespace) -> int:
+    if options.watch:
+        return _watch(options)
+    return _status_once(options)
+
+
+def _status_once(options: argparse.Namespace) -> int:
+    runs = _runs()
+    everything = list(runs.runs())
+    if options.run:
+        run, stage = _find(options.run, everything)
+        chosen = [(run, _asked(run))]
+    else:
+        stage = None
+        chosen = [(r, a) for r, a in everything if a["uid"] == _uid()]
+    scheduler = Scheduler()
+    rows = [s for s in states(chosen, scheduler) if stage is None or s.stage == stage]
+    hidden = 0
+    if not options.all and not options.run:
+        rows, hidden = _recent(rows)
+    if options.json:
+        _print_json("hpc.status/1", runs_folder=str(runs.path), **_rows(rows))
+    elif not rows:
+        print(f"no runs in {runs.path}; `hpc submit pipeline` starts one", file=sys.stderr)
+    else:
+        view.status(rows)
+        if hidden:
+            print(f"{hidden} earlier runs: hpc status --all", file=sys.stderr)
+        _hints(rows)
+    if scheduler.problem is not None:
+        raise scheduler.problem
+    return 0
+
+
+def _recent(rows: Sequence[StageState]) -> tuple[list[StageState], int]:
+    """The latest runs, and every run with a stage that is still at work; how many were left out."""
+    order = list(dict.fromkeys(s.run for s in rows))
+    shown = {*order[:_LATEST], *(s.run for s in rows if s.active)}
+    return [s for s in rows if s.run in shown], len(order) - len(shown)
+
+
+def _hints(rows: Sequence[StageState]) -> None:
+    for state in rows:
+        if state.hint and state.state not in {"COMPLETED", "RUNNING", "PENDING"} and state.run == rows[0].run:
+            print(f"{state.run}/{state.stage}: {state.hint}", file=sys.stderr)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    every_s = 5
+    with suppress(KeyboardInterrupt):
+        while True:
+            if sys.stdout.isatty():
+                print("\033[H\033[2J", end="")
+            _status_once(options)
+            sys.stdout.flush()
+            time.sleep(every_s)
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    from hpc.login import follow
+
+    run, stage = _target(options.target)
+    rows = states([(run, _asked(run))], Scheduler())
+    submitted = [s for s in rows if s.attempt and (stage is None or s.stage == stage)]
+    if not submitted:
+        raise NotFound(f"{run.id} has no log yet", hint=f"`hpc status {run.id}` shows where it stands")
+    # without a stage: the one that failed, else the one at work, else the last
+    chosen = next((s for wanted in (_bad, _running) for s in submitted if wanted(s)), submitted[-1])
+    attempt = run.stage(chosen.stage).attempt(chosen.attempt)
+    print(f"==> {run.id}/{chosen.stage} attempt {chosen.attempt}: {chosen.state} <==", file=sys.stderr)
+    follow.logs(attempt, sys.stdout, lines=options.lines, follow=options.follow and chosen.active)
+    return 0
+
+
+def _bad(state: StageState) -> bool:
+    return not state.active and state.state not in {"COMPLETED", "CANCELLED", "NOT_SUBMITTED"}
+
+
+def _running(state: StageState) -> bool:
+    return state.state == "RUNNING"
+
+
+def cancel(options: argparse.Namespace) -> int:
+    from hpc.login.cancel import cancel as cancel_jobs
+
+    run, stage = _target(options.target)
+    scheduler = Scheduler()
+    rows = states([(run, _asked(run))], scheduler)
+    if scheduler.problem is not None:
+        raise scheduler.problem
+    chosen = [s for s in rows if s.active and (stage is None or s.stage == stage)]
+    cancel_jobs(run, chosen)
+    if options.json:
+        _print_json(
+            "hpc.cancel/1", run=run.id, cancelled=[{"stage": s.stage, "job_id": s.job_id} for s in chosen]
+        )
+    elif chosen:
+        for state in chosen:
+            print(f"{run.id}/{state.stage}: job {state.job_id} cancelled")
+    else:
+        print(f"{options.target or run.id}: nothing is running or waiting", file=sys.stderr)
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from hpc.login import doctor as checks
+
+    found = checks.examine(options.site)
+    if options.json:
+        _print_json("hpc.doctor/1", checks=[asdict(c) for c in found])
+    else:
+        for check in found:
+            print(f"{check.verdict:<8}{check.what}: {check.found}")
+            if check.hint:
+                print(f"        try: {check.hint}")
+    return 0 if all(c.verdict != "missing" for c in found) else 1
+
+
+def _runs() -> RunsDir:
+    from hpc.login.settings import locate
+
+    return RunsDir(locate().runs)
+
+
+def _target(text: str | None) -> tuple[RunDir, str | None]:
+    """RUN[/STAGE], /STAGE or STAGE of the latest run, or nothing: the latest run of mine."""
+    everything = [(r, a) for r, a in _runs().runs() if a["uid"] == _uid()]
+    if text is None:
+        if not everything:
+            raise NotFound(f"there are no runs in {_runs().path}", hint="`hpc submit pipeline` starts one")
+        return everything[0][0], None
+    return _find(text, everything)
+
+
+def _find(text: str, everything: Sequence[tuple[RunDir, Mapping[str, Any]]]) -> tuple[RunDir, str | None]:
+    name, _, stage = text.partition("/")
+    by_name = {run.id: (run, asked) for run, asked in everything}
+    if name not in by_name and not stage and name in stage_files.available():
+        latest = next(((r, a) for r, a in everything if name in a["keys"]), None)
+        if latest is None:
+            raise NotFound(f"no run has a stage '{name}' yet", hint=f"`hpc submit {name}` starts one")
+        return latest[0], name
+    if name not in by_name:
+        hint = did_you_mean(name, list(by_name)[:20]) if by_name else "`hpc submit pipeline` starts one"
+        raise NotFound(f"there is no run '{name}' in {_runs().path}", hint=hint)
+    run, asked = by_name[name]
+    if stage and stage not in asked["keys"]:
+        if stage not in stage_files.available():
+            raise UsageError(f"there is no stage '{stage}'", hint=did_you_mean(stage, list(asked["keys"])))
+        raise NotFound(f"{run.id} has no stage '{stage}'", hint=f"it has: {', '.join(asked['keys'])}")
+    return run, stage or None
+
+
+def _asked(run: RunDir) -> Mapping[str, Any]:
+    document = rundir.read_json(run.run)
+    if document is None:
+        raise NotFound(f"{run.path} is not a run", hint="`hpc status` lists the runs")
+    return document
+
+
+def _rows(rows: Sequence[StageState]) -> dict[str, Any]:
+    return {"stages": [asdict(s) for s in rows]}
+
+
+def _uid() -> int:
+    import os
+
+    return os.getuid()
+
+
+def _chatter(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(schema: str, **fields: Any) -> None:
+    print(json.dumps({"schema": schema, **fields}, ensure_ascii=False, indent=1))

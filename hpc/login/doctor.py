@@ -1,0 +1,143 @@
+"""What is there, what is missing, what to do. Each check is one function of the settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+from hpc import __version__
+from hpc.core import stage as stages
+from hpc.core.errors import HpcError
+from hpc.login import slurm
+from hpc.login.facts import MachineFacts, container_program
+from hpc.login.settings import Settings, load, locate
+
+_LOW_GB = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str
+    verdict: Literal["ok", "warning", "missing"]
+    found: str
+    hint: str = ""
+
+
+def examine(site: str | None = None) -> list[Check]:
+    """All checks for the project here."""
+    try:
+        settings = load(locate(), site=site)
+    except HpcError as error:
+        return [_python(), Check(what="settings", verdict="missing", found=error.message, hint=error.hint)]
+    return [
+        _python(),
+        _submitit(),
+        _settings(settings),
+        _runs(settings),
+        *_scheduler(settings),
+        *_environments(settings),
+    ]
+
+
+def _python() -> Check:
+    return Check(
+        what="hpc", verdict="ok", found=f"{__version__}, Python {sys.version.split()[0]} at {sys.executable}"
+    )
+
+
+def _submitit() -> Check:
+    version = metadata.version("submitit")
+    fits = version.split(".")[:2] == ["1", "5"]
+    return Check(
+        what="submitit",
+        verdict="ok" if fits else "warning",
+        found=version,
+        hint="" if fits else "hpc is tested with submitit 1.5",
+    )
+
+
+def _settings(settings: Settings) -> Check:
+    file = settings.project.file
+    where = str(file) if file else "no hpc.toml here or above: the defaults"
+    return Check(what="settings", verdict="ok", found=f"{where}; site {settings.site.name}")
+
+
+def _runs(settings: Settings) -> Check:
+    folder = settings.project.runs
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK):
+        return Check(
+            what="runs", verdict="missing", found=f"{folder} cannot be written", hint="set `runs` or HPC_RUNS"
+        )
+    free = shutil.disk_usage(there).free / 2**30
+    return Check(
+        what="runs",
+        verdict="ok" if free > _LOW_GB else "warning",
+        found=f"{folder}, {free:.0f} GiB free",
+        hint="" if free > _LOW_GB else "checkpoints and merged models need room",
+    )
+
+
+def _scheduler(settings: Settings) -> Iterator[Check]:
+    site = settings.site
+    if site.scheduler == "local":
+        yield Check(
+            what="scheduler", verdict="ok", found="local: stages run on this machine, no Slurm needed"
+        )
+        return
+    yield _asked("slurm", lambda: slurm.run(["sinfo", "--version"]).strip())
+    yield _asked("partitions", lambda: ", ".join(slurm.partitions()))
+    accounting = _asked(
+        "accounting",
+        lambda: (slurm.run(["sacct", "-n", "-X", "-o", "JobID", "-S", "now"]) and "answers") or "answers",
+    )
+    if accounting.verdict == "missing":
+        accounting = Check(
+            what="accounting",
+            verdict="warning",
+            found=accounting.found,
+            hint="outcomes come from the run folders instead",
+        )
+    yield accounting
+
+
+def _environments(settings: Settings) -> Iterator[Check]:
+    facts = MachineFacts(settings)
+    names = dict.fromkeys(stages.load(w.stage.name).container for w in settings.wishes)
+    kinds = set()
+    for name in names:
+        try:
+            environment = facts.environment(name)
+            kinds.add(environment.kind)
+            yield Check(
+                what=f"environment {name}", verdict="ok", found=f"{environment.kind} {environment.path}"
+            )
+        except HpcError as error:
+            yield Check(what=f"environment {name}", verdict="missing", found=error.message, hint=error.hint)
+    facts.save()
+    if "sif" in kinds or settings.site.images:
+        yield _asked("apptainer", lambda: _version(container_program(settings.site)))
+
+
+def _version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20)
+    return done.stdout.strip() or f"{program} does not answer"
+
+
+def _asked(what: str, ask: Callable[[], str]) -> Check:
+    try:
+        return Check(what=what, verdict="ok", found=ask())
+    except HpcError as error:
+        return Check(what=what, verdict="missing", found=error.message, hint=error.hint)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check(what=what, verdict="missing", found=str(error), hint="")

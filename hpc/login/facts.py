@@ -1,0 +1,102 @@
+"""What planning must know of this machine and cluster, gathered: paths, hashes, images, limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from hpc.core import config as configs
+from hpc.core import stage as stages
+from hpc.core.digest import Digests
+from hpc.core.errors import Refused, RuntimeUnavailable
+from hpc.core.limits import Limits
+from hpc.core.plan import Environment
+from hpc.core.rundir import RunsDir
+from hpc.core.site import Site
+from hpc.core.stage import Stage
+from hpc.login import slurm
+from hpc.login.settings import Settings
+
+
+class MachineFacts:
+    """The Facts of `hpc.core.plan`, of the machine that `hpc` runs on."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda text: None) -> None:
+        self._root = settings.project.root
+        self._site = settings.site
+        self._digests = Digests(RunsDir(settings.project.runs).digests, say)
+
+    def path(self, text: str) -> str | None:
+        path = Path(os.path.normpath(self._root / expand(text)))
+        return str(path) if path.exists() else None
+
+    def digest(self, path: str) -> str:
+        return self._digests.of(Path(path))
+
+    def source(self, stage: Stage) -> bytes:
+        return stages.source(stage)
+
+    def environment(self, name: str) -> Environment:
+        candidates = environment_paths(name, self._site, self._root)
+        for path in candidates:
+            if path.is_file():
+                return Environment(name=name, kind="sif", path=str(path), digest=self._digests.of(path))
+            if (path / "bin" / "python3").exists():
+                return Environment(name=name, kind="venv", path=str(path), digest=venv_digest(path))
+        raise Refused(
+            f"the environment '{name}' is not there: {' nor '.join(map(str, candidates))}",
+            hint=f"build it from containers/{name}.def, or name it in the site profile:"
+            f" environments = {{ {name} = '…' }}",
+        )
+
+    def limits(self) -> Limits | None:
+        return slurm.partitions() if self._site.scheduler == "slurm" else None
+
+    def save(self) -> None:
+        """Keep the hashes that were computed."""
+        self._digests.save()
+
+
+def environment_paths(name: str, site: Site, root: Path) -> list[Path]:
+    """Where an environment may lie: as the site names it, else its image, else its venv."""
+    named = site.environments.get(name)
+    if named:
+        return [root / expand(named)]
+    images = [root / expand(site.images) / f"{name}.sif"] if site.images else []
+    return [*images, root / expand(site.venvs) / name]
+
+
+def venv_digest(folder: Path) -> str:
+    """A venv counts by the names and versions that are installed in it."""
+    found = sorted(p.name for p in folder.glob("lib/python*/site-packages/*.dist-info"))
+    return configs.key_of(found)
+
+
+def container_program(site: Site) -> str:
+    """The word that starts a container; RuntimeUnavailable where this machine has none and the site names none."""
+    if site.apptainer:
+        return expand(site.apptainer)
+    for program in ("apptainer", "singularity"):
+        if shutil.which(program):
+            return program
+    if site.setup:  # a module of the compute nodes may bring it
+        return "apptainer"
+    raise RuntimeUnavailable(
+        "Apptainer is not on this machine",
+        hint="load its module, or say in the site profile how the nodes get it:"
+        " setup = ['module load apptainer'], or apptainer = '/path'",
+    )
+
+
+def expand(text: str, env: Mapping[str, str] = os.environ) -> str:
+    """~, $NAME and ${NAME:-default} of a path.
+
+    >>> expand("${NOT_SET_ANYWHERE:-/x}/y", {})
+    '/x/y'
+    """
+    text = re.sub(r"\$\{(\w+):-([^}]*)\}", lambda m: env.get(m[1]) or m[2], text)
+    text = re.sub(r"\$\{?(\w+)\}?", lambda m: env.get(m[1], m[0]), text)
+    return os.path.expanduser(text)

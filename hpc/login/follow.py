@@ -1,0 +1,152 @@
+"""Waiting for a run, with progress on a terminal or plain lines in a log; and printing what a stage prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+from hpc.core import rundir
+from hpc.core.errors import Interrupted
+from hpc.core.rundir import AttemptDir, RunDir
+from hpc.login import view
+from hpc.login.states import Scheduler, StageState, states
+
+_LOOK_S = 1.0
+"""Between two looks at the run's own files."""
+_ASK_S = 10.0
+"""Between two questions to Slurm."""
+_LINE_S = 15.0
+"""Between two progress lines where there is no terminal."""
+
+Show = Callable[[Sequence[StageState]], None]
+
+
+def wait(run: RunDir, stages: Sequence[str], out: IO[str]) -> int:
+    """Until every one of the stages has ended. 0: all completed; 8: stopped and resumable; 1: failed."""
+    asked = rundir.read_json(run.run) or {}
+    try:
+        with _display(out) as show:
+            rows = _watch(run, asked, stages, show)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"no longer waiting; {run.id} goes on",
+            hint=f"hpc status {run.id}, or hpc cancel {run.id} to end it",
+        ) from None
+    bad = [s for s in rows if s.state != "COMPLETED"]
+    for state in bad:
+        _say_end(run, state, out)
+    if not bad:
+        print(f"{run.id}: {', '.join(s.stage for s in rows)} completed", file=out)
+        return 0
+    first = next((s for s in bad if s.state != "CANCELLED"), bad[0])
+    return 8 if first.resumable and first.state in {"TIMEOUT", "PREEMPTED", "NODE_FAIL"} else 1
+
+
+def _watch(run: RunDir, asked: dict[str, object], stages: Sequence[str], show: Show) -> list[StageState]:
+    scheduler, asked_at = Scheduler(), time.monotonic()
+    while True:
+        rows = [s for s in states([(run, asked)], scheduler) if s.stage in stages]
+        show(rows)
+        ended = not any(s.active or s.state == "UNKNOWN" for s in rows)
+        fresh = time.monotonic() - asked_at < _LOOK_S
+        if ended and fresh:
+            return rows
+        time.sleep(_LOOK_S)
+        if ended or time.monotonic() - asked_at > _ASK_S or _something_ended(run, rows):
+            scheduler, asked_at = Scheduler(), time.monotonic()
+
+
+def _something_ended(run: RunDir, rows: Sequence[StageState]) -> bool:
+    """True where an outcome appeared since Slurm was asked: what comes next may have changed."""
+    return any(s.active and run.stage(s.stage).attempt(s.attempt).outcome.exists() for s in rows)
+
+
+def _say_end(run: RunDir, state: StageState, out: IO[str]) -> None:
+    print(f"{run.id}/{state.stage}: {state.state}: {state.reason or 'no reason known'}", file=out)
+    ended = rundir.read_json(run.stage(state.stage).attempt(state.attempt).outcome) or {}
+    for line in ended.get("log_tail", []):
+        print(f"  | {line}", file=out)
+    if state.hint:
+        print(f"  try: {state.hint}", file=out)
+
+
+@contextmanager
+def _display(out: IO[str]) -> Iterator[Show]:
+    """How progress is shown: bars that move on a terminal, now and then a line elsewhere."""
+    if not out.isatty():
+        yield _lines(out)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[said]}"))  # fmt: skip
+    with Progress(*columns, console=Console(file=out)) as drawn:
+        tasks: dict[str, object] = {}
+
+        def show(rows: Sequence[StageState]) -> None:
+            for s in rows:
+                if s.stage not in tasks:
+                    tasks[s.stage] = drawn.add_task(s.stage, total=1, said="", start=False)
+                task = tasks[s.stage]
+                if s.state == "RUNNING":
+                    drawn.start_task(task)  # type: ignore[arg-type]
+                share = 1.0 if s.state == "COMPLETED" else (s.done or 0) / s.total if s.total else 0.0
+                said = (
+                    s.message or s.phase
+                    if s.state == "RUNNING"
+                    else s.state + (f": {s.reason}" if s.reason else "")
+                )
+                drawn.update(task, completed=share, said=said)  # type: ignore[arg-type]
+                if not s.active:
+                    drawn.stop_task(task)  # type: ignore[arg-type]
+
+        yield show
+
+
+def _lines(out: IO[str]) -> Show:
+    last: dict[str, tuple[str, float]] = {}
+
+    def show(rows: Sequence[StageState]) -> None:
+        now = time.monotonic()
+        for s in rows:
+            text = f"{s.run}/{s.stage} {s.state} {view.progress(s)}".rstrip()
+            state, when = last.get(s.stage, ("", 0.0))
+            if s.state != state or (s.state == "RUNNING" and now - when >= _LINE_S):
+                last[s.stage] = (s.state, now)
+                print(text, file=out, flush=True)
+
+    return show
+
+
+def logs(attempt: AttemptDir, out: IO[str], *, lines: int | None, follow: bool) -> None:
+    """The stage's stdout and stderr; with `follow` until its outcome is there."""
+    files = (attempt.stdout, attempt.stderr)
+    places = {}
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        places[path] = len(text.encode("utf-8", "replace"))
+        shown = text.splitlines()[-lines:] if lines else text.splitlines()
+        for line in shown:
+            print(line, file=out)
+    while follow:
+        ended = attempt.outcome.exists()
+        for path in files:
+            places[path] = _more(path, places[path], out)
+        out.flush()
+        if ended:
+            return
+        time.sleep(0.3)
+
+
+def _more(path: object, place: int, out: IO[str]) -> int:
+    try:
+        with open(str(path), "rb") as file:
+            file.seek(place)
+            new = file.read()
+    except FileNotFoundError:
+        return place
+    out.write(new.decode("utf-8", "replace"))
+    return place + len(new)

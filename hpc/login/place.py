@@ -1,0 +1,208 @@
+"""PURE: a plan and a run folder -> for each stage its files, its container start and its batch parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.core import config as configs
+from hpc.core.plan import Plan, Planned, Source
+from hpc.core.rundir import RunDir, StageDir
+from hpc.core.site import Site
+from hpc.node import launch
+from hpc.node.enter import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """One stage, ready to be submitted; the dry run prints it and the submission uses it."""
+
+    planned: Planned
+    stage_dir: StageDir
+    attempt: int
+    document: Mapping[str, Any]
+    """config.json."""
+    job: Job
+    batch: Mapping[str, Any]
+    """Parameters of submitit's Slurm executor, without the dependency."""
+    comment: str
+    """Finds the job in Slurm where its id was lost."""
+    python: str
+    code: Path
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
+    def scheduler_dir(self) -> Path:
+        return self.stage_dir.attempt(self.attempt).scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """Where a plan is placed."""
+
+    run: RunDir
+    site: Site
+    attempts: Mapping[str, int]
+    """The number of each stage's next submission; 1 where it is missing."""
+    finished: Mapping[str, StageDir]
+    """The stages that are done already -> the folder that keeps their result."""
+    program: str
+    """Starts containers."""
+    cache: Path
+    hub_home: str | None
+    """The user's own HF_HOME."""
+
+
+def place(plan: Plan, ground: Ground) -> tuple[Placed, ...]:
+    """Every stage of the plan in its place."""
+    return tuple(_place(planned, plan, ground) for planned in plan.stages)
+
+
+def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
+    run, site = ground.run, ground.site
+    attempt = ground.attempts.get(planned.name, 1)
+    stage_dir = run.stage(planned.name)
+    inputs = {s.name: _input(s, plan, ground) for s in planned.sources}
+    document = {
+        "schema": "hpc.config/1",
+        "stage": planned.name,
+        "key": planned.key,
+        "config": configs.encode(planned.config),
+        "inputs": inputs,
+        "outputs": {
+            name: {"kind": artifact.kind, "path": str(stage_dir.out / artifact.path)}
+            for name, artifact in planned.stage.outputs(planned.config).items()
+        },
+        "environment": asdict(planned.environment),
+        "resources": asdict(planned.resources),
+        "cache": str(ground.cache),
+    }
+    reads = [*planned.reads, *(i["path"] for i in inputs.values() if i["path"].startswith("/"))]
+    start = _launch(planned, ground, attempt, reads)
+    limit_s = planned.resources.time_min * 60
+    delay_s = min(site.signal_delay_s, limit_s // 4)
+    comment = _comment(run, planned, attempt)
+    job = Job(
+        stage_dir=str(stage_dir.path),
+        attempt=attempt,
+        key=planned.key,
+        launch=start,
+        mem_gb=planned.resources.mem_gb,
+        heartbeat_s=site.heartbeat_s,
+        waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
+        limit_s=limit_s,
+        enforce=site.scheduler == "local",
+        signal_delay_s=delay_s,
+    )
+    return Placed(
+        planned=planned,
+        stage_dir=stage_dir,
+        attempt=attempt,
+        document=document,
+        job=job,
+        batch=_batch(planned, site, run, delay_s, comment),
+        comment=comment,
+        python=site.python or sys.executable,
+        code=run.code,
+    )
+
+
+def _input(source: Source, plan: Plan, ground: Ground) -> dict[str, Any]:
+    if source.stage is None:
+        return {"kind": source.kind, "path": source.value, "key": source.key, "stage": None}
+    producer = next(p for p in plan.stages if p.name == source.stage)
+    artifact = producer.stage.outputs(producer.config)[source.value]
+    folder = ground.finished.get(source.stage, ground.run.stage(source.stage))
+    return {
+        "kind": source.kind,
+        "path": str(folder.out / artifact.path),
+        "key": source.key,
+        "stage": source.stage,
+    }
+
+
+def _waits(planned: Planned, plan: Plan, ground: Ground) -> tuple[tuple[str, str], ...]:
+    waiting = [name for name in planned.needs if name not in ground.finished]
+    return tuple((str(ground.run.stage(name).path), plan.keys[name]) for name in waiting)
+
+
+def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]) -> launch.Launch:
+    run, site, cache = ground.run, ground.site, ground.cache
+    stage_dir = run.stage(planned.name)
+    inner = (
+        "python3", "-m", "hpc.inside.runner", planned.name,
+        str(stage_dir.config), str(stage_dir.attempt(attempt).path),
+    )  # fmt: skip
+    env = {
+        "PYTHONPATH": str(run.code),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUNBUFFERED": "1",
+        # caches of the libraries stay off $HOME, which is small on most clusters and not seen in the container
+        "XDG_CACHE_HOME": str(cache / "xdg"),
+        "HF_HOME": ground.hub_home or str(cache / "huggingface"),
+        **({"OMP_NUM_THREADS": str(planned.resources.cpus_per_task)} if site.scheduler == "slurm" else {}),
+        **site.env,
+    }
+    passes = (*launch.PASSES, *site.passes)
+    if planned.environment.kind == "venv":
+        return launch.venv(folder=planned.environment.path, inner=inner, env=env, passes=passes)
+    binds = [launch.Bind(str(run.path), writable=True), launch.Bind(str(cache), writable=True)]
+    binds += [
+        launch.Bind(path, writable=True)
+        for path in (*([ground.hub_home] if ground.hub_home else []), *site.binds)
+    ]
+    binds += [launch.Bind(path) for path in reads if not path.startswith(f"{run.path}/")]
+    return launch.container(
+        program=ground.program,
+        image=planned.environment.path,
+        inner=inner,
+        env=env,
+        passes=passes,
+        binds=binds,
+        gpus=planned.resources.gpus_per_node > 0,
+        cwd=str(run.path),
+    )
+
+
+def _batch(planned: Planned, site: Site, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
+    asked = planned.resources
+    parameters: dict[str, Any] = {
+        "job_name": planned.name,
+        "time": asked.time_min,
+        "nodes": asked.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": asked.cpus_per_task,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "comment": comment,
+        "signal_delay_s": delay_s,
+        "wckey": None,  # submitit would name one, which sites that track them refuse
+        "setup": [*site.setup, "unset PYTHONHOME", f"export PYTHONPATH={shlex.quote(str(run.code))}"],
+        # from 22.05 on srun no longer takes the job's CPUs per task over by itself
+        "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
+        # else a job whose input failed would wait for ever
+        "additional_parameters": {"kill-on-invalid-dep": "yes", **site.sbatch},
+    }
+    if site.mem:
+        parameters["mem"] = f"{asked.mem_gb}GB"
+    if asked.gpus_per_node and site.gpus == "gpus_per_node":
+        parameters["gpus_per_node"] = asked.gpus_per_node
+    elif asked.gpus_per_node:
+        parameters["gres"] = f"{site.gres}:{asked.gpus_per_node}"
+    return parameters
+
+
+def _comment(run: RunDir, planned: Planned, attempt: int) -> str:
+    """Unique among the user's jobs: the run's place is part of it, the number alone is not enough."""
+    place = hashlib.sha256(os.fsencode(run.path)).hexdigest()[:8]
+    return f"hpc:{run.id}/{planned.name}/{attempt}:{planned.key}:{place}"

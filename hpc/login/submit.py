@@ -1,0 +1,288 @@
+"""A plan -> jobs. Every step leaves files from which `hpc status` can tell, and `hpc submit` can go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import hpc
+from hpc.core import rundir
+from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageError
+from hpc.core.plan import Plan
+from hpc.core.rundir import RunDir, RunsDir, StageDir
+from hpc.login import batch, slurm, snapshot
+from hpc.login.facts import container_program
+from hpc.login.place import Ground, Placed, place
+from hpc.login.settings import Settings
+from hpc.login.states import NOT_SUBMITTED, Scheduler, StageState, states
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What a plan means here and now: the run, and which stages are still to be submitted."""
+
+    plan: Plan
+    run: RunDir
+    is_new: bool
+    code: str
+    standing: Mapping[str, StageState]
+    """The stages of this run that were submitted before -> where they stand."""
+    reused: Mapping[str, StageDir]
+    """The stages that another run has done already -> their folder there."""
+    placed: tuple[Placed, ...]
+    """All stages of the plan, placed; `todo` are those to submit."""
+    site_name: str
+    scheduler: str
+
+    @property
+    def todo(self) -> tuple[Placed, ...]:
+        return tuple(p for p in self.placed if p.name not in self.reused and not self._stands(p.name))
+
+    def _stands(self, name: str) -> bool:
+        state = self.standing.get(name)
+        return state is not None and (state.active or state.state == "COMPLETED")
+
+    def dependency(self, placed: Placed, ids: Mapping[str, str]) -> str | None:
+        """Slurm's --dependency for the stages that it waits for; a missing id stays a placeholder."""
+        waiting = [n for n in placed.planned.needs if n not in self.reused and not self._done(n)]
+        return "afterok:" + ":".join(ids.get(n, f"<{n}>") for n in waiting) if waiting else None
+
+    def _done(self, name: str) -> bool:
+        state = self.standing.get(name)
+        return state is not None and state.state == "COMPLETED"
+
+    def known_ids(self) -> dict[str, str]:
+        return {name: s.job_id for name, s in self.standing.items() if s.active}
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Seconds of a submission's parts, for the benchmark and --verbose."""
+
+    imports: float = 0.0
+    snapshot: float = 0.0
+    jobs: float = 0.0
+    submitted: list[str] = field(default_factory=list)
+
+
+def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -> Submission:
+    """Find the run that this plan continues, or the number of its new one, and place every stage in it."""
+    runs = RunsDir(settings.project.runs)
+    code = snapshot.digest()
+    everything = list(runs.runs())
+    found = _unfinished_same(plan, everything, code)
+    run = found or runs.next(target)
+    standing = _standing(run, plan, everything, scheduler) if found else {}
+    reused = {
+        name: folder
+        for name, folder in _done_elsewhere(plan, run, everything).items()
+        if name not in standing or standing[name].state != "COMPLETED"
+    }
+    finished = {
+        **reused,
+        **{n: _result_of(run.stage(n), runs) for n, s in standing.items() if s.state == "COMPLETED"},
+    }
+    uses_images = any(p.environment.kind == "sif" for p in plan.stages)
+    ground = Ground(
+        run=run,
+        site=settings.site,
+        attempts={name: s.attempt + 1 for name, s in standing.items()},
+        finished=finished,
+        program=container_program(settings.site) if uses_images else "",
+        cache=runs.cache,
+        hub_home=os.environ.get("HF_HOME"),
+    )
+    return Submission(
+        plan=plan,
+        run=run,
+        is_new=found is None,
+        code=code,
+        standing=standing,
+        reused=reused,
+        placed=place(plan, ground),
+        site_name=settings.site.name,
+        scheduler=settings.site.scheduler,
+    )
+
+
+def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say) -> Timings:
+    """Write the run's files and queue the stages. Where one is rejected, those before it are withdrawn."""
+    timings = Timings()
+    clock = time.perf_counter()
+    batch.preload()
+    timings.imports, clock = time.perf_counter() - clock, time.perf_counter()
+    _write_run(work, settings)
+    timings.snapshot, clock = time.perf_counter() - clock, time.perf_counter()
+    ids = work.known_ids()
+    submitted: list[Placed] = []
+    try:
+        for placed in work.todo:
+            ids[placed.name] = _submit_one(work, placed, ids, scheduler)
+            submitted.append(placed)
+            timings.submitted.append(placed.name)
+            say(f"{work.run.id}/{placed.name}: submitted as job {ids[placed.name]}")
+    except KeyboardInterrupt:
+        names = ", ".join(p.name for p in submitted) or "nothing"
+        raise Interrupted(
+            f"interrupted: {names} of {work.run.id} was submitted",
+            hint="the same `hpc submit` again completes it",
+        ) from None
+    except (HpcError, OSError):
+        _withdraw(work, submitted, ids)
+        raise
+    timings.jobs = time.perf_counter() - clock
+    return timings
+
+
+def _unfinished_same(
+    plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str
+) -> RunDir | None:
+    """The newest run of mine that asked for the same results with the same code."""
+    for run, asked in everything:
+        same = all(asked["keys"].get(name) == key for name, key in plan.keys.items())
+        if same and asked.get("code") == code and asked.get("uid") == os.getuid():
+            return run
+    return None
+
+
+def _standing(
+    run: RunDir, plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], scheduler: Scheduler
+) -> dict[str, StageState]:
+    asked = next(asked for other, asked in everything if other == run)
+    found = {s.stage: s for s in states([(run, asked)], scheduler)}
+    if scheduler.problem is not None:
+        raise scheduler.problem
+    for name, state in found.items():
+        job = run.stage(name).job
+        known = rundir.read_json(job) or {}
+        if state.job_id and "comment" in known and not known["job_id"]:
+            # an earlier `hpc submit` was killed between sbatch and writing the id down
+            rundir.write_json(job, {**known, "job_id": state.job_id, "status": "submitted"})
+    return {n: s for n, s in found.items() if n in plan.keys and (s.state != NOT_SUBMITTED or s.attempt)}
+
+
+def _done_elsewhere(
+    plan: Plan, run: RunDir, everything: Sequence[tuple[RunDir, Mapping[str, Any]]]
+) -> dict[str, StageDir]:
+    """Stage -> the folder in another run that has its result. What only later stages needed is taken too."""
+    found: dict[str, StageDir] = {}
+    for other, asked in everything:
+        for name, key in plan.keys.items():
+            folder = other.stage(name)
+            if name not in found and other != run and asked["keys"].get(name) == key and folder.done(key):
+                found[name] = folder
+    return found
+
+
+def _result_of(folder: StageDir, runs: RunsDir) -> StageDir:
+    """The folder that holds a completed stage's result: its own, or the one that it was taken from."""
+    job = rundir.read_json(folder.job) or {}
+    return RunDir(runs.path / job["reused"]).stage(folder.name) if "reused" in job else folder
+
+
+def _write_run(work: Submission, settings: Settings) -> None:
+    """The run folder up to the first job. A new one appears whole: made aside, then renamed."""
+    run = work.run
+    if work.is_new:
+        git, patch = snapshot.git_state(settings.project.root)
+        part = RunDir(run.path.with_name(f".{run.id}.{os.getpid()}.part"))
+        try:
+            part.path.mkdir(parents=True)
+            snapshot.copy(part.code)
+            if patch:
+                rundir.write_text(part.patch, patch)
+            rundir.write_json(part.run, _run_document(work, settings, git))
+            part.path.rename(run.path)
+        except OSError as error:
+            shutil.rmtree(part.path, ignore_errors=True)
+            raise UsageError(
+                f"the run folder {run.path} cannot be written: {error.strerror}",
+                hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder of yours that the nodes see too",
+            ) from error
+    for placed in work.placed:
+        folder = placed.stage_dir
+        if placed.name in work.reused:
+            folder.path.mkdir(exist_ok=True)
+            reused = work.reused[placed.name].path.parent.name
+            rundir.write_json(
+                folder.job,
+                {"schema": "hpc.job/1", "stage": placed.name, "key": placed.planned.key, "reused": reused},
+            )
+    for placed in work.todo:
+        placed.stage_dir.path.mkdir(exist_ok=True)
+        rundir.write_json(placed.stage_dir.config, placed.document)
+
+
+def _run_document(work: Submission, settings: Settings, git: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "schema": "hpc.run/1",
+        "run": work.run.id,
+        "created": time.time(),
+        "uid": os.getuid(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "project": str(settings.project.root),
+        "site": settings.site.name,
+        "scheduler": settings.site.scheduler,
+        "keys": work.plan.keys,
+        "code": work.code,
+        "git": git,
+        "versions": {"hpc": hpc.__version__, "python": sys.version.split()[0]},
+    }
+
+
+def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], scheduler: Scheduler) -> str:
+    """Queue one stage; job.json says `submitting` before and `submitted` after, so a kill in between is seen."""
+    attempt = placed.stage_dir.attempt(placed.attempt)
+    try:
+        attempt.path.mkdir()
+    except FileExistsError:
+        raise RuntimeUnavailable(
+            f"{work.run.id}/{placed.name} is being submitted by another hpc at this moment",
+            hint="`hpc status` shows it",
+        ) from None
+    document = {
+        "schema": "hpc.job/1",
+        "stage": placed.name,
+        "key": placed.planned.key,
+        "attempt": placed.attempt,
+        "status": "submitting",
+        "scheduler": work.scheduler,
+        "job_id": None,
+        "comment": placed.comment,
+        "submitted": time.time(),
+        "limit_min": placed.planned.resources.time_min,
+        "after": list(placed.planned.needs),
+    }
+    rundir.write_json(placed.stage_dir.job, document)
+    if work.scheduler == "local":
+        process = batch.submit_local(placed)
+        found: dict[str, Any] = {"job_id": str(process["pid"]), "process": process}
+    else:
+        found = {"job_id": batch.submit_slurm(placed, work.dependency(placed, ids), scheduler.user)}
+    rundir.write_json(placed.stage_dir.job, {**document, **found, "status": "submitted"})
+    return str(found["job_id"])
+
+
+def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, str]) -> None:
+    """Take back what this call queued: a rejected pipeline leaves nothing behind."""
+    for placed in submitted:
+        rundir.write_json(
+            placed.stage_dir.attempt(placed.attempt).stop, {"by": "hpc submit", "t": time.time()}
+        )
+    if submitted and work.scheduler == "slurm":
+        with suppress(RuntimeUnavailable):
+            slurm.cancel([ids[p.name] for p in submitted])
+    for placed in submitted if work.scheduler == "local" else ():
+        batch.stop_local((rundir.read_json(placed.stage_dir.job) or {})["process"])
+    if work.is_new and not submitted:
+        shutil.rmtree(work.run.path, ignore_errors=True)

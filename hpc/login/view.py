@@ -1,0 +1,121 @@
+"""What a person sees: rows -> a table. On a terminal rich draws it; elsewhere plain columns, whole and uncoloured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from hpc.login.states import StageState
+
+STATE_STYLE = {
+    "RUNNING": "bold green",
+    "COMPLETED": "green",
+    "PENDING": "yellow",
+    "CANCELLED": "dim",
+    "FAILED": "bold red",
+    "TIMEOUT": "red",
+    "OUT_OF_MEMORY": "bold red",
+    "NODE_FAIL": "bold red",
+    "PREEMPTED": "magenta",
+    "LOST": "red",
+    "NOT_SUBMITTED": "dim yellow",
+}
+
+Row = Sequence[str]
+
+
+def status(rows: Sequence[StageState], out: IO[str] = sys.stdout) -> None:
+    """The squeue-style table of stages."""
+    headings = ("RUN/STAGE", "JOBID", "STATE", "TIME", "LIMIT", "NODE", "PROGRESS / REASON")
+    cells = [
+        (
+            f"{s.run}/{s.stage}",
+            s.job_id or "-",
+            s.state,
+            clock(s.elapsed_s),
+            clock(s.limit_min * 60 if s.limit_min else None),
+            s.node or "-",
+            progress(s),
+        )
+        for s in rows
+    ]
+    table(headings, cells, out, style=lambda row: STATE_STYLE.get(row[2], ""), styled=2)
+
+
+def table(
+    headings: Row,
+    rows: Sequence[Row],
+    out: IO[str] = sys.stdout,
+    *,
+    style: Callable[[Row], str] | None = None,
+    styled: int = -1,
+) -> None:
+    """A table: with rich on a terminal, plain columns elsewhere. Ids and names are never cut."""
+    if not out.isatty():
+        plain(headings, rows, out)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        last = number == len(headings) - 1
+        drawn.add_column(heading, no_wrap=not last, overflow="fold")
+    for row in rows:
+        cells: list[Any] = [Text(cell) for cell in row]
+        if style is not None and 0 <= styled < len(row):
+            cells[styled] = Text(row[styled], style=style(row))
+        drawn.add_row(*cells)
+    Console(file=out).print(drawn)
+
+
+def plain(headings: Row, rows: Sequence[Row], out: IO[str]) -> None:
+    """Columns padded with blanks.
+
+    >>> plain(("A", "B"), [("1", "long"), ("22", "x")], sys.stdout)
+    A   B
+    1   long
+    22  x
+    """
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in (headings, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        out.write(line.rstrip() + "\n")
+
+
+def progress(state: StageState) -> str:
+    """The last column: a bar and the latest figures of a running stage, else the reason."""
+    if state.state != "RUNNING":
+        return state.reason
+    if not state.total:
+        return state.phase
+    share = min(1.0, (state.done or 0) / state.total)
+    return f"{bar(share)} {share:4.0%}  {state.message}".rstrip()
+
+
+def bar(share: float, width: int = 12) -> str:
+    """A bar of text.
+
+    >>> bar(0.5, 4)
+    '━━──'
+    """
+    full = round(share * width)
+    return "━" * full + "─" * (width - full)
+
+
+def clock(seconds: float | None) -> str:
+    """Slurm's way to write a time.
+
+    >>> clock(65), clock(3600), clock(90000), clock(None)
+    ('1:05', '1:00:00', '1-01:00:00', '-')
+    """
+    if seconds is None:
+        return "-"
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}-{hours:02}:{minutes:02}:{secs:02}"
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

@@ -1,0 +1,1 @@
+"""The compute node, outside the image. Standard library only."""

@@ -1,0 +1,257 @@
+"""The job's entry on the compute node: wait for inputs, start one container, pass signals on, record the outcome."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hpc.core import rundir
+from hpc.node import memory, outcome
+from hpc.node.launch import Launch, process_env, without_secrets
+
+_POLL_S = 0.2
+_GRACE_S = 10
+"""Between SIGTERM and SIGKILL at the time limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that crosses from the login node to the compute node; pickled by submitit, read by the same Python."""
+
+    stage_dir: str
+    attempt: int
+    key: str
+    launch: Launch
+    mem_gb: int
+    heartbeat_s: int
+    waits: tuple[tuple[str, str], ...] = ()
+    """(stage folder, key) that must be done first; on Slurm the scheduler waits, so it is empty."""
+    limit_s: int
+    """The time limit, seconds from the payload's start."""
+    enforce: bool = False
+    """True where no scheduler enforces the limit, so that this process must."""
+    signal_delay_s: int = 90
+
+
+def enter(job: Job) -> None:
+    """Run the job to its end. Leaves with the payload's exit code, so that the scheduler sees the same end."""
+    stage_dir = rundir.StageDir(Path(job.stage_dir))
+    attempt = stage_dir.attempt(job.attempt)
+    _keep_earlier_outcome(attempt)
+    watch = _Watch(job, attempt)
+    watch.listen()
+    rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
+    try:
+        result = _run(job, attempt, watch)
+    except OSError as error:
+        result = outcome.could_not_start(job.launch.argv[0], error)
+    watch.record(result)
+    rundir.append_event(
+        attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state
+    )
+    if result.state != "COMPLETED":
+        sys.exit(result.exit_code or 1)
+
+
+class _Watch:
+    """The signals that came, the payload that gets them, and the outcome that is written."""
+
+    def __init__(self, job: Job, attempt: rundir.AttemptDir) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.signals: list[int] = []
+        self.started = time.time()
+        self._job = job
+        self._attempt = attempt
+
+    def listen(self) -> None:
+        """Take over the signals; submitit's own handlers would requeue or swallow them."""
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            signal.signal(number, self._received)
+
+    def send(self, number: int) -> None:
+        """Note a signal, and pass it on to the payload once."""
+        self.signals.append(number)
+        if self.child is not None and self.child.returncode is None:
+            self.child.send_signal(number)
+
+    def asked(self) -> outcome.Outcome | None:
+        """What the signals so far mean."""
+        elapsed = time.time() - self.started
+        return outcome.asked_to_end(tuple(self.signals), elapsed, self._job.limit_s, self._job.signal_delay_s)
+
+    def record(self, result: outcome.Outcome) -> None:
+        document = {
+            "schema": "hpc.outcome/1",
+            **asdict(result),
+            "host": socket.gethostname(),
+            "job_id": _job_id(),
+            "started": self.started,
+            "ended": time.time(),
+        }
+        rundir.write_json(self._attempt.outcome, document, durable=True)
+
+    def _received(self, number: int, frame: object) -> None:
+        if number == signal.SIGCONT or number in self.signals:
+            return
+        self.send(signal.SIGTERM if number == signal.SIGINT else number)
+        asked = self.asked()
+        if signal.SIGTERM in self.signals and asked is not None:
+            # SIGKILL follows in seconds, and then nobody could write this; a better end overwrites it
+            cancelled = self._attempt.stop.exists()
+            self.record(
+                replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked
+            )
+
+
+def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
+    blocked = _wait_for_inputs(job, watch)
+    if blocked is not None:
+        return blocked
+    env = process_env(job.launch, {**os.environ, **_hub_token()})
+    rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
+    before = memory.kills()
+    watch.started = time.time()
+    with open(attempt.stdout, "ab") as stdout, open(attempt.stderr, "ab") as stderr:
+        watch.child = subprocess.Popen(
+            job.launch.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+            preexec_fn=_die_with_us,
+        )
+        for number in watch.signals:  # one that came while it was being started reached nobody
+            watch.child.send_signal(number)
+        with _heartbeat(attempt.heartbeat, job.heartbeat_s):
+            code = _wait(watch, job) if job.enforce else watch.child.wait()
+    return outcome.classify(
+        code=code,
+        launch=job.launch,
+        attempt=attempt,
+        asked=watch.asked(),
+        oom_kills=memory.kills() - before,
+        mem_gb=job.mem_gb,
+    )
+
+
+def _wait(watch: _Watch, job: Job) -> int:
+    """The payload's return code; warns and ends it at the limit, as Slurm would."""
+    assert watch.child is not None
+    while True:
+        try:
+            return watch.child.wait(timeout=_POLL_S)
+        except subprocess.TimeoutExpired:
+            spent = time.time() - watch.started
+            if spent > job.limit_s + _GRACE_S:
+                watch.child.kill()
+            elif spent > job.limit_s and signal.SIGTERM not in watch.signals:
+                watch.send(signal.SIGTERM)
+            elif spent > job.limit_s - job.signal_delay_s and signal.SIGUSR2 not in watch.signals:
+                watch.send(signal.SIGUSR2)
+
+
+def _wait_for_inputs(job: Job, watch: _Watch) -> outcome.Outcome | None:
+    """None once every input is there; else why it will never be."""
+    for folder, key in job.waits:
+        source = rundir.StageDir(Path(folder))
+        while not source.done(key):
+            if signal.SIGTERM in watch.signals:
+                return outcome.cancelled()
+            failed = _has_failed(source)
+            if failed:
+                return outcome.blocked(source.name, failed)
+            time.sleep(_POLL_S)
+    return None
+
+
+def _has_failed(source: rundir.StageDir) -> str | None:
+    """The state of an input's latest attempt where it ended without a result, else None."""
+    latest = rundir.read_json(source.job)
+    if latest is None or "attempt" not in latest:
+        return "NEVER SUBMITTED"
+    attempt = source.attempt(latest["attempt"])
+    ended = rundir.read_json(attempt.outcome)
+    if ended is not None:
+        return None if ended["state"] == "COMPLETED" else str(ended["state"])
+    if attempt.stop.exists():
+        return "CANCELLED"
+    started = latest.get("process")
+    return "LOST" if started and not alive(started["pid"], started["start"]) else None
+
+
+def alive(pid: int, start: str) -> bool:
+    """True while the process with this number AND this start time runs: numbers are given again."""
+    return process_start(pid) == start
+
+
+def process_start(pid: int) -> str | None:
+    """The process's start in clock ticks since boot, from /proc/PID/stat; None where there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+@contextmanager
+def _heartbeat(path: Path, every_s: int) -> Iterator[None]:
+    """Touch the file now and then while the payload runs, so that a dead node can be told from a slow one."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while True:
+            try:
+                path.touch()
+            except OSError:  # a full disk must not end the job
+                pass
+            if ended.wait(every_s):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(1)
+
+
+def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
+    """A job that Slurm requeued starts here again: the earlier end stays readable under its own name."""
+    if attempt.outcome.exists():
+        number = len(list(attempt.path.glob("outcome-*.json")))
+        attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
+    attempt.error.unlink(missing_ok=True)
+
+
+def _die_with_us() -> None:
+    """In the child, before exec: end when this process ends, even by SIGKILL (Linux, prctl PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _hub_token() -> dict[str, str]:
+    """HF_TOKEN from the token file that huggingface_hub writes: the container does not see the home folder."""
+    if "HF_TOKEN" in os.environ:
+        return {}
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    try:
+        token = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").read_text().strip()
+    except OSError:
+        return {}
+    return {"HF_TOKEN": token} if token else {}
+
+
+def _job_id() -> str:
+    return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
