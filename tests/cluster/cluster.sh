@@ -11,7 +11,7 @@
 #   HPC_CLUSTER_ACCOUNTING  slurmdbd (default), or none: no database, sacct answers that it is disabled
 #   HPC_CLUSTER_MEMORY      cgroup: over its memory a job ends OUT_OF_MEMORY; poll: Slurm looks and kills. Default: what works
 #   HPC_CLUSTER_ROOT        a folder with another Debian and its Slurm, whose daemons are used (give it its own _DIR)
-set -euo pipefail
+set -euo pipefail                              # so no "| grep -q": that ends early, and the writer then fails
 HERE=$(cd "$(dirname "$0")" && pwd)
 CL=${HPC_CLUSTER_DIR:-/tmp/hpc-cluster}
 ROOT=${HPC_CLUSTER_ROOT:-}
@@ -84,9 +84,9 @@ chroot_down() { local dir; for dir in /home /tmp /run /dev /sys /proc; do ! moun
 sacctmgr_do() { in_node login sacctmgr -i -Q "$@" >/dev/null; }
 register() {  # before slurmctld: one that does not find its cluster runs on cached, empty associations
     wait_for 30 in_node login sacctmgr -n show cluster
-    in_node login sacctmgr -n show cluster format=cluster | grep -q "$CLUSTER" || sacctmgr_do add cluster "$CLUSTER"
+    in_node login sacctmgr -n show cluster format=cluster | grep "$CLUSTER" >/dev/null || sacctmgr_do add cluster "$CLUSTER"
 }
-gpu_tres() { in_node login sacctmgr -nP show tres format=type,name | grep -q 'gres|gpu:a100'; }
+gpu_tres() { in_node login sacctmgr -nP show tres format=type,name | grep 'gres|gpu:a100' >/dev/null; }
 accounts() {  # after slurmctld: it is what registers gres/gpu, which the QOS limits name
     local user
     [ ! -e "$CL/accounts.done" ] || return 0

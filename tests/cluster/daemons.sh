@@ -2,15 +2,21 @@
 # The daemons: start, stop and freeze one by its name. Sourced by cluster.sh.
 #
 # Each runs in its foreground mode under our own pid file CL/run/NAME.pid, its output in CL/log/NAME.out.
-core_daemons() { [ "$ACCOUNTING" = none ] || echo mariadbd slurmdbd; echo slurmctld sshd; }
-all_daemons() { core_daemons | tr ' ' '\n'; node_names | sed 's/^/slurmd-/'; }
-
+all_daemons() {  # those that 'up' starts
+    [ "$ACCOUNTING" = none ] || printf '%s\n' mariadbd slurmdbd
+    printf '%s\n' slurmctld sshd
+    node_names | sed 's/^/slurmd-/'
+}
 known() { all_daemons; node_names | sed 's/^/sshd-/'; }
-check_name() { known | grep -qx -- "$1" || die "no daemon is called $1 (there are: $(all_daemons | xargs))"; }
+check_name() {
+    known | grep -x -- "$1" >/dev/null || die "no daemon is called $1 (there are: $(all_daemons | xargs))"
+}
 
-pid_of() {  # prints the pid of a running daemon (a zombie does not run)
-    local pid
-    pid=$(cat "$CL/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] && grep -q '^State:\s*[^Z]*$' "/proc/$pid/status" 2>/dev/null && echo "$pid"
+pid_of() {  # prints the pid of a running daemon: not a zombie's, and not another program's that has the number since
+    local pid comm state
+    pid=$(cat "$CL/run/$1.pid" 2>/dev/null) && [ -n "$pid" ] || return
+    read -r _ comm state _ 2>/dev/null <"/proc/$pid/stat" || return
+    [ "$comm" = "(${1%%-*})" ] && [ "$state" != Z ] && echo "$pid"
 }
 
 spawn() {  # NAME NODE CMD...
@@ -31,7 +37,6 @@ wait_for() {  # SECONDS CMD...
 
 sql() { mariadb --no-defaults --socket="$CL/run/mysqld.sock" -uroot -e "$1"; }
 port_open() { in_node login bash -c "exec 3<>/dev/tcp/127.0.0.1/$1"; }
-node_idle() { in_node login sinfo -h -N -n "$1" -t idle,mixed,alloc,comp -o %N | grep -q .; }
 
 start() {  # NAME   and waits until it answers
     local node
@@ -56,7 +61,8 @@ start() {  # NAME   and waits until it answers
         slurmd-*)
             node=${1#slurmd-}
             mkdir -p "$CL/spool/$node"
-            spawn "$1" "$node" slurmd -D ;;
+            spawn "$1" "$node" slurmd -D
+            wait_for 5 pid_of "$1" ;;
         sshd | sshd-*)  # 'up' starts the login node's only; sshd-dgx01 is for a site that lets its users in there
             node=${1#sshd}; node=${node#-}
             mkdir -p /run/sshd
@@ -68,10 +74,10 @@ start() {  # NAME   and waits until it answers
 stop() {  # NAME [SECONDS]   TERM, then KILL
     local pid i
     if pid=$(pid_of "$1"); then
-        kill -TERM "$pid"
-        kill -CONT "$pid"                      # a frozen one hears nothing before
+        kill -TERM "$pid" || true
+        kill -CONT "$pid" 2>/dev/null || true  # a frozen one hears nothing before; another is gone already
         for ((i = 0; i < ${2:-10} * 10; i++)); do pid_of "$1" >/dev/null || break; sleep 0.1; done
-        ! pid_of "$1" >/dev/null || kill -KILL "$pid"
+        ! pid_of "$1" >/dev/null || kill -KILL "$pid" || true
     fi
     rm -f "$CL/run/$1.pid"
 }

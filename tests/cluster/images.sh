@@ -28,7 +28,7 @@ key_of() {  # everything an image is made of, its base included
 mirror() {  # the one this machine's apt uses
     # shellcheck disable=SC2016  # apt's own fields
     apt-get indextargets --format '$(SITE) $(CODENAME) $(COMPONENT)' |
-        awk '$2 == "bookworm" && $3 == "main" { print $1; exit }'
+        awk '$2 == "bookworm" && $3 == "main" && !seen++ { print $1 }'
 }
 
 wheels() {  # prints the folder of wheels for a requirements file, pip's own among them: %post then needs no network
@@ -72,21 +72,23 @@ build() {
         { tail -40 "$dest/$name.log" >&2; die "$name: see $dest/$name.log"; }
 }
 
+done_already() { [ -s "$dest/$name.sif" ] && [ "$(cat "$dest/$name.key" 2>/dev/null)" = "$key" ]; }
+
 [[ $name = base || $name = train ]] || { echo "usage: $0 base|train [DEST_DIR]" >&2; exit 2; }
+key=$(key_of "$name")
+! done_already || { echo "$dest/$name.sif"; exit 0; }
+[ "$(id -u)" = 0 ] || die "$dest/$name.sif is not built from this recipe; building it needs root (to become alice)"
+
 mkdir -p "$dest/wheels"; chmod 755 "$dest" "$dest/wheels"
 dest=$(cd "$dest" && pwd)
 exec 9>"$dest/$name.lock"; flock 9             # two test runs at once: one builds, the other waits and finds it
-key=$(key_of "$name")
-if [ -s "$dest/$name.sif" ] && [ "$(cat "$dest/$name.key" 2>/dev/null)" = "$key" ]; then
-    echo "$dest/$name.sif"
-    exit 0
-fi
-[ "$(id -u)" = 0 ] || die "$name.sif is not built for this recipe; building it needs root (to make the user alice)"
+! done_already || { echo "$dest/$name.sif"; exit 0; }
 need=$(need_for "$name")
 [ "$(free_gib "$scratch_root")" -ge "$need" ] || die "$scratch_root has less than $need GiB free (HPC_TEST_SCRATCH names another folder)"
 [ "$(free_gib "$dest")" -ge "$need" ] || die "$dest has less than $need GiB free"
 "$here/users.sh"
 "$here/install-apptainer.sh"
+command -v debootstrap >/dev/null || apt-get -qqy install --no-install-recommends debootstrap >&2
 scratch=$(mktemp -d "$scratch_root/hpc-images.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 chmod 755 "$scratch"; install -d -o alice -g alice "$scratch"/{tmp,cache}

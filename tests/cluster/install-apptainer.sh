@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real Apptainer on a fresh Debian 12 (bookworm), as root.  Idempotent.  libc and the apt sources are left alone.
+# Installs real Apptainer on a fresh Debian 12 (bookworm), as root.  Idempotent.  libc and the apt sources stay as they are.
 #
 # Debian carries apptainer in sid only, built on glibc >= 2.38.  All it takes from that glibc is __isoc23_strtol and
 # __isoc23_strtoul, so the package is repacked with those two redirected to strtol/strtoul, its libc6 need lowered to
@@ -57,7 +57,7 @@ if [ -z "$deb" ] || [ ! -s "$deb" ]; then
     # so a mirror that lags by more would be refused: Check-Valid-Until=false
     # shellcheck disable=SC2016  # apt's own fields
     mirror=$(apt-get indextargets --format '$(SITE) $(CODENAME) $(COMPONENT)' 2>/dev/null |
-             awk '$2=="bookworm" && $3=="main" {print $1; exit}')
+             awk '$2=="bookworm" && $3=="main" && !n++ {print $1}')
     [ -n "$mirror" ] || { say "no bookworm main source in this machine's apt: cannot tell its mirror"; exit 1; }
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror sid main" >"$work/sid.list"
     sid=(-o "Dir::Etc::sourcelist=$work/sid.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$work/lists"
