@@ -121,9 +121,7 @@ def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts
     return Plan(stages=tuple(planned.values()), notes=tuple(notes))
 
 
-def producer(
-    kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]
-) -> tuple[str, str] | None:
+def producer(kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> tuple[str, str] | None:
     """(stage, output name) of the nearest stage ahead of `before` that produces the kind."""
     for name in reversed(order[: order.index(before)]):
         for output, artifact in wishes[name].stage.outputs(wishes[name].config).items():
@@ -165,9 +163,7 @@ def _one(
     config = _with_paths(wish.config, absolute, files)
     if stage.check is not None:
         stage.check(config)
-    resources, notes = fit(
-        stage, dataclasses.replace(stage.resources(config), **wish.overrides), site, limits
-    )
+    resources, notes = fit(stage, dataclasses.replace(stage.resources(config), **wish.overrides), site, limits)
     environment = facts.environment(stage.container)
     key = configs.key_of(
         stage.name,
@@ -199,16 +195,8 @@ def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tu
         asked, notes = dataclasses.replace(asked, gpus_per_node=0), [note]
     else:
         notes = []
-    if (
-        asked.nodes < 1
-        or asked.cpus_per_task < 1
-        or asked.mem_gb < 1
-        or asked.time_min < 1
-        or asked.gpus_per_node < 0
-    ):
-        raise UsageError(
-            f"{stage.name}: resources must be positive, not {asked}", hint="see `resources` in hpc.toml"
-        )
+    if asked.nodes < 1 or asked.cpus_per_task < 1 or asked.mem_gb < 1 or asked.time_min < 1 or asked.gpus_per_node < 0:
+        raise UsageError(f"{stage.name}: resources must be positive, not {asked}", hint="see `resources` in hpc.toml")
     if site.scheduler == "local" and asked.nodes > 1:
         raise Refused(
             f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
@@ -261,12 +249,7 @@ def is_hub_name(text: str) -> bool:
     (True, False, False)
     """
     head, slash, tail = text.partition("/")
-    return (
-        bool(slash and head and tail)
-        and "/" not in tail
-        and head[0] not in "./~"
-        and not tail.endswith(".gguf")
-    )
+    return bool(slash and head and tail) and "/" not in tail and head[0] not in "./~" and not tail.endswith(".gguf")
 
 
 def _existing(text: str, stage: str, facts: Facts) -> str:
@@ -298,8 +281,4 @@ def _without_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str,
 
 
 def _is_path(value: Any, paths: set[str]) -> bool:
-    return (
-        value in paths
-        if isinstance(value, str)
-        else isinstance(value, list) and any(v in paths for v in value)
-    )
+    return value in paths if isinstance(value, str) else isinstance(value, list) and any(v in paths for v in value)

@@ -26,9 +26,7 @@ _PROGRESS_EVERY_S = 0.5
 class RunContext:
     """The Context of `hpc.core.stage`, over the files of the run."""
 
-    def __init__(
-        self, stage_dir: rundir.StageDir, events: Path, document: Mapping[str, Any], cache: Path
-    ) -> None:
+    def __init__(self, stage_dir: rundir.StageDir, events: Path, document: Mapping[str, Any], cache: Path) -> None:
         self.inputs: Mapping[str, str] = {k: v["path"] for k, v in document["inputs"].items()}
         self.outputs: Mapping[str, Path] = {k: Path(v["path"]) for k, v in document["outputs"].items()}
         self.checkpoints = stage_dir.checkpoints
@@ -70,9 +68,7 @@ def main(argv: list[str]) -> int:
     try:
         return run(load(name), stage_dir, attempt)
     except HpcError as error:
-        rundir.write_json(
-            attempt.error, {"cause": error.message, "hint": error.hint, "exit_code": error.exit_code}
-        )
+        rundir.write_json(attempt.error, {"cause": error.message, "hint": error.hint, "exit_code": error.exit_code})
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -112,8 +108,7 @@ def _write_manifest(
         "inputs": document["inputs"],
         "environment": document["environment"],
         "outputs": {
-            name: {**document["outputs"][name], "files": digest.tree(path)}
-            for name, path in context.outputs.items()
+            name: {**document["outputs"][name], "files": digest.tree(path)} for name, path in context.outputs.items()
         },
         "metrics": context.metrics,
         "versions": _versions(),

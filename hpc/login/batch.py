@@ -51,9 +51,7 @@ def submit_local(placed: Placed) -> dict[str, Any]:
         os.environ["PYTHONPATH"] = str(placed.code)
         os.environ.pop("PYTHONHOME", None)
         executor = LocalExecutor(folder=placed.scheduler_dir, python=placed.python)
-        executor.update_parameters(
-            timeout_min=_NEVER_MIN, gpus_per_node=placed.planned.resources.gpus_per_node
-        )
+        executor.update_parameters(timeout_min=_NEVER_MIN, gpus_per_node=placed.planned.resources.gpus_per_node)
         return int(executor.submit(enter, placed.job).job_id)
 
     pid, group = _in_new_session(start)

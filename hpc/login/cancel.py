@@ -19,9 +19,7 @@ _GRACE_S = 10
 def cancel(run: RunDir, chosen: Sequence[StageState]) -> None:
     """End these stages, the last of the pipeline first, so that none starts because one before it ended."""
     for state in chosen:
-        rundir.write_json(
-            run.stage(state.stage).attempt(state.attempt).stop, {"by": "hpc cancel", "t": time.time()}
-        )
+        rundir.write_json(run.stage(state.stage).attempt(state.attempt).stop, {"by": "hpc cancel", "t": time.time()})
     jobs = [s.job_id for s in reversed(chosen) if s.scheduler == "slurm"]
     if jobs:
         slurm.cancel(jobs)

@@ -195,9 +195,7 @@ def cancel(options: argparse.Namespace) -> int:
     chosen = [s for s in rows if s.active and (stage is None or s.stage == stage)]
     cancel_jobs(run, chosen)
     if options.json:
-        _print_json(
-            "hpc.cancel/1", run=run.id, cancelled=[{"stage": s.stage, "job_id": s.job_id} for s in chosen]
-        )
+        _print_json("hpc.cancel/1", run=run.id, cancelled=[{"stage": s.stage, "job_id": s.job_id} for s in chosen])
     elif chosen:
         for state in chosen:
             print(f"{run.id}/{state.stage}: job {state.job_id} cancelled")

@@ -48,9 +48,7 @@ def examine(site: str | None = None) -> list[Check]:
 
 
 def _python() -> Check:
-    return Check(
-        what="hpc", verdict="ok", found=f"{__version__}, Python {sys.version.split()[0]} at {sys.executable}"
-    )
+    return Check(what="hpc", verdict="ok", found=f"{__version__}, Python {sys.version.split()[0]} at {sys.executable}")
 
 
 def _submitit() -> Check:
@@ -76,9 +74,7 @@ def _runs(settings: Settings) -> Check:
     while not there.exists():
         there = there.parent
     if not os.access(there, os.W_OK):
-        return Check(
-            what="runs", verdict="missing", found=f"{folder} cannot be written", hint="set `runs` or HPC_RUNS"
-        )
+        return Check(what="runs", verdict="missing", found=f"{folder} cannot be written", hint="set `runs` or HPC_RUNS")
     free = shutil.disk_usage(there).free / 2**30
     return Check(
         what="runs",
@@ -91,9 +87,7 @@ def _runs(settings: Settings) -> Check:
 def _scheduler(settings: Settings) -> Iterator[Check]:
     site = settings.site
     if site.scheduler == "local":
-        yield Check(
-            what="scheduler", verdict="ok", found="local: stages run on this machine, no Slurm needed"
-        )
+        yield Check(what="scheduler", verdict="ok", found="local: stages run on this machine, no Slurm needed")
         return
     yield _asked("slurm", lambda: slurm.run(["sinfo", "--version"]).strip())
     yield _asked("partitions", lambda: ", ".join(slurm.partitions()))
@@ -119,9 +113,7 @@ def _environments(settings: Settings) -> Iterator[Check]:
         try:
             environment = facts.environment(name)
             kinds.add(environment.kind)
-            yield Check(
-                what=f"environment {name}", verdict="ok", found=f"{environment.kind} {environment.path}"
-            )
+            yield Check(what=f"environment {name}", verdict="ok", found=f"{environment.kind} {environment.path}")
         except HpcError as error:
             yield Check(what=f"environment {name}", verdict="missing", found=error.message, hint=error.hint)
     facts.save()

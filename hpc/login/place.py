@@ -157,8 +157,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
         return launch.venv(folder=planned.environment.path, inner=inner, env=env, passes=passes)
     binds = [launch.Bind(str(run.path), writable=True), launch.Bind(str(cache), writable=True)]
     binds += [
-        launch.Bind(path, writable=True)
-        for path in (*([ground.hub_home] if ground.hub_home else []), *site.binds)
+        launch.Bind(path, writable=True) for path in (*([ground.hub_home] if ground.hub_home else []), *site.binds)
     ]
     binds += [launch.Bind(path) for path in reads if not path.startswith(f"{run.path}/")]
     return launch.container(

@@ -84,9 +84,7 @@ class Work:
                 )
             )
         headings = ("STAGE", "ACTION", "AFTER", "NODES", "GPUS", "CPUS", "MEM", "TIME", "ENVIRONMENT", "KEY")
-        print(
-            f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out
-        )
+        print(f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out)
         view.table(headings, rows, out)
         for note in work.plan.notes:
             print(f"note: {note}", file=out)
@@ -168,9 +166,7 @@ def _flags(options: argparse.Namespace) -> list[Layer]:
             layers.append(Layer(f"--{name}", {"site": {name: value}}))
     if options.time is not None:
         layers.append(
-            Layer(
-                "--time", {s: {"resources": {"time_min": _minutes(options.time)}} for s in stages.available()}
-            )
+            Layer("--time", {s: {"resources": {"time_min": _minutes(options.time)}} for s in stages.available()})
         )
     return layers
 

@@ -69,9 +69,7 @@ def locate(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Proj
     runs = env.get("HPC_RUNS") or tables.get("runs", "runs")
     if not isinstance(runs, str):
         raise UsageError(f"runs must be a folder's name, not {runs!r}", hint='for example runs = "runs"')
-    return Project(
-        root=root, file=file, tables=tables, runs=root / os.path.expandvars(os.path.expanduser(runs))
-    )
+    return Project(root=root, file=file, tables=tables, runs=root / os.path.expandvars(os.path.expanduser(runs)))
 
 
 def load(
@@ -139,9 +137,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="HPC_CONFIG names the file") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(
-            f"{path} is not valid TOML: {error}", hint="see the example in the README"
-        ) from error
+        raise UsageError(f"{path} is not valid TOML: {error}", hint="see the example in the README") from error
 
 
 def site_names(root: Path) -> list[str]:
@@ -154,13 +150,11 @@ def _search(cwd: Path) -> Path | None:
 
 
 def _known_tables(layers: Sequence[Layer]) -> None:
-    known = {"site", "runs", "pipeline", *stages.available()}
+    known = {"site", "runs", "pipeline", "environments", *stages.available()}
     for layer in layers:
         for name, value in layer.table.items():
             if isinstance(value, Mapping) and name not in known:
-                raise UsageError(
-                    f"{layer.origin}: there is no stage '{name}'", hint=did_you_mean(name, sorted(known))
-                )
+                raise UsageError(f"{layer.origin}: there is no stage '{name}'", hint=did_you_mean(name, sorted(known)))
 
 
 def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
@@ -198,9 +192,7 @@ def _spread(layer: Layer, pipeline: Sequence[str]) -> Layer:
             )
         if not owners:
             everything = sorted({f for s in pipeline for f in _fields(stages.load(s).config)})
-            raise UsageError(
-                f"{layer.origin}: no stage has a setting '{name}'", hint=did_you_mean(name, everything)
-            )
+            raise UsageError(f"{layer.origin}: no stage has a setting '{name}'", hint=did_you_mean(name, everything))
         table = {**table, owners[0]: {**table.get(owners[0], {}), name: value}}
     return Layer(layer.origin, table)
 
@@ -213,13 +205,13 @@ def _site(name: str, root: Path, layers: Sequence[Layer], origins: dict[str, str
                 table = read_toml(file)
                 origins.update({f"site.{k}": str(file) for k in table if f"site.{k}" not in origins})
                 return table
-        raise UsageError(
-            f"there is no site profile '{profile}'", hint=did_you_mean(profile, site_names(root))
-        )
+        raise UsageError(f"there is no site profile '{profile}'", hint=did_you_mean(profile, site_names(root)))
 
     values = sites.resolve(name, read)
     for layer in layers:
-        over = layer.table.get("site", {})
+        over = dict(layer.table.get("site", {}))
+        if "environments" in layer.table:  # a project may bring its own
+            over["environments"] = {**layer.table["environments"], **over.get("environments", {})}
         sites.merge(values, over)
         origins.update({f"site.{k}": layer.origin for k in over})
     checked = dict(_checked("site", Site, values, origins))
@@ -255,9 +247,7 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
             f"{stage.name} needs the setting '{missing[0]}'",
             hint=f"write it in {FILE}: [{stage.name}] {missing[0]} = …, or give --set {stage.name}.{missing[0]}=…",
         )
-    checked = dict(
-        _checked(f"{stage.name}.resources", Resources, overrides, origins, stage.name + ".resources")
-    )
+    checked = dict(_checked(f"{stage.name}.resources", Resources, overrides, origins, stage.name + ".resources"))
     try:
         return Wish(stage=stage, config=stage.config(**config), overrides=checked)
     except ValueError as error:  # a __post_init__ that refuses a contradiction
@@ -274,21 +264,24 @@ def _checked(
     for field, value in values.items():
         where = origins.get(origin or f"{table}.{field}", FILE)
         if field not in hints:
-            raise UsageError(
-                f"{where}: {table} has no setting '{field}'", hint=did_you_mean(field, list(hints))
-            )
+            raise UsageError(f"{where}: {table} has no setting '{field}'", hint=did_you_mean(field, list(hints)))
         hint = hints[field]
-        if isinstance(value, str) and typing.get_origin(hint) is tuple:
-            value = value.split(",") if value else []
-        elif hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)
         try:
-            yield field, msgspec.convert(value, hint)
+            yield field, msgspec.convert(_as_typed(value, hint), hint)
         except msgspec.ValidationError as error:
             raise UsageError(
                 f"{where}: {table}.{field} = {value!r} does not fit: {_plain(str(error))}",
                 hint=f"it must be {_type_words(hint)}",
             ) from error
+
+
+def _as_typed(value: Any, hint: Any) -> Any:
+    """A list may be typed as `a,b`, and a text that looks like a number is a text."""
+    if isinstance(value, str) and typing.get_origin(hint) is tuple:
+        return value.split(",") if value else []
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
 
 
 def _fields(kind: type[Any]) -> dict[str, Any]:

@@ -55,9 +55,7 @@ class Accounted:
 def run(argv: Sequence[str], timeout_s: float = 60) -> str:
     """The program's output. RuntimeUnavailable, with Slurm's own words and what to do, where it fails."""
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=timeout_s, env=program_env(os.environ)
-        )
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, env=program_env(os.environ))
     except FileNotFoundError:
         raise RuntimeUnavailable(
             f"{argv[0]} is not on this machine",
@@ -114,9 +112,7 @@ def failure(program: str, stderr: str) -> HpcError:
     for pattern, message, hint in _FAILURES:
         if re.search(pattern, words):
             return RuntimeUnavailable(f"{message} ({program}: {words})", hint=hint)
-    return RuntimeUnavailable(
-        f"{program} failed: {words or 'no message'}", hint="`hpc doctor` looks at Slurm"
-    )
+    return RuntimeUnavailable(f"{program} failed: {words or 'no message'}", hint="`hpc doctor` looks at Slurm")
 
 
 def queue(user: str, call: Run = run) -> dict[str, Queued]:
@@ -195,9 +191,7 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             continue
         name, avail, limit, count, cpus, mem, gres = parts
         plain = name.rstrip("*")
-        node = NodeKind(
-            count=int(count), cpus=_number(cpus), mem_gb=_number(mem) // 1024, gpus=parse_gres(gres)
-        )
+        node = NodeKind(count=int(count), cpus=_number(cpus), mem_gb=_number(mem) // 1024, gpus=parse_gres(gres))
         known = found.get(plain)
         found[plain] = Partition(
             name=plain,

@@ -18,9 +18,7 @@ def files() -> list[tuple[str, Path]]:
     found = [("hpc/__init__.py", PACKAGES / "hpc" / "__init__.py")]
     for folder in _FOLDERS:
         found += [(f"{folder}/{p.name}", p) for p in sorted((PACKAGES / folder).glob("*.py"))]
-    found += [
-        (f"templates/{p.relative_to(TEMPLATES)}", p) for p in sorted(TEMPLATES.rglob("*")) if p.is_file()
-    ]
+    found += [(f"templates/{p.relative_to(TEMPLATES)}", p) for p in sorted(TEMPLATES.rglob("*")) if p.is_file()]
     return found
 
 

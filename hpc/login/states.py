@@ -266,9 +266,7 @@ def _slurm_says_oom(attempt: rundir.AttemptDir) -> bool:
     return any("oom" in line.lower() or "memory limit" in line for log in logs for line in rundir.tail(log))
 
 
-def _from_accounting(
-    open_ones: list[tuple[int, _Submitted]], scheduler: Scheduler
-) -> Iterable[tuple[int, StageState]]:
+def _from_accounting(open_ones: list[tuple[int, _Submitted]], scheduler: Scheduler) -> Iterable[tuple[int, StageState]]:
     ids = [str(s.job["job_id"]) for _, s in open_ones]
     known = slurm.accounting(ids, scheduler.call)
     for place, submitted in open_ones:
@@ -295,9 +293,7 @@ def _unknown(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
 
 
 def _in_words(state: StageState) -> StageState:
-    return (
-        replace(state, reason=REASONS.get(state.reason, state.reason)) if state.state == "PENDING" else state
-    )
+    return replace(state, reason=REASONS.get(state.reason, state.reason)) if state.state == "PENDING" else state
 
 
 REASONS = {

@@ -143,9 +143,7 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
     return timings
 
 
-def _unfinished_same(
-    plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str
-) -> RunDir | None:
+def _unfinished_same(plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str) -> RunDir | None:
     """The newest run of mine that asked for the same results with the same code."""
     for run, asked in everything:
         same = all(asked["keys"].get(name) == key for name, key in plan.keys.items())
@@ -276,9 +274,7 @@ def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], schedu
 def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, str]) -> None:
     """Take back what this call queued: a rejected pipeline leaves nothing behind."""
     for placed in submitted:
-        rundir.write_json(
-            placed.stage_dir.attempt(placed.attempt).stop, {"by": "hpc submit", "t": time.time()}
-        )
+        rundir.write_json(placed.stage_dir.attempt(placed.attempt).stop, {"by": "hpc submit", "t": time.time()})
     if submitted and work.scheduler == "slurm":
         with suppress(RuntimeUnavailable):
             slurm.cancel([ids[p.name] for p in submitted])

@@ -55,9 +55,7 @@ def enter(job: Job) -> None:
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.record(result)
-    rundir.append_event(
-        attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state
-    )
+    rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
     if result.state != "COMPLETED":
         sys.exit(result.exit_code or 1)
 
@@ -107,9 +105,7 @@ class _Watch:
         if signal.SIGTERM in self.signals and asked is not None:
             # SIGKILL follows in seconds, and then nobody could write this; a better end overwrites it
             cancelled = self._attempt.stop.exists()
-            self.record(
-                replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked
-            )
+            self.record(replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked)
 
 
 def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
@@ -254,4 +250,4 @@ def _hub_token() -> dict[str, str]:
 
 
 def _job_id() -> str:
-    return os.environ.get("SLURM_JOB_ID") or str(os.getpid())
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())

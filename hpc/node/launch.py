@@ -12,7 +12,7 @@ from typing import Literal
 PASSES = (
     "SLURM_*", "SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_*", "ROCR_VISIBLE_DEVICES",
     "NCCL_*", "PMI*", "UCX_*", "MASTER_ADDR", "MASTER_PORT", "OMP_*", "MKL_NUM_THREADS",
-    "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "HF_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "http_proxy", "https_proxy", "no_proxy", "TZ", "TERM",
 )  # fmt: skip
 """Job variables that reach the container, by name or pattern. Everything else of the host stays outside."""
@@ -129,6 +129,4 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     >>> without_secrets({"HF_TOKEN": "hf_x", "TZ": "UTC"})
     {'HF_TOKEN': '(not shown)', 'TZ': 'UTC'}
     """
-    return {
-        k: "(not shown)" if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else v for k, v in env.items()
-    }
+    return {k: "(not shown)" if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else v for k, v in env.items()}

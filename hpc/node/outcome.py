@@ -66,9 +66,7 @@ def classify(
         return replace(end, state="CANCELLED", cause="cancelled by hpc cancel")
     if asked is not None and said is None:
         saved = ", and its work was saved" if code == STOPPED else ""
-        return replace(
-            end, state=asked.state, cause=asked.cause + saved, hint=asked.hint, resumable=asked.resumable
-        )
+        return replace(end, state=asked.state, cause=asked.cause + saved, hint=asked.hint, resumable=asked.resumable)
     if said is not None:
         return replace(end, cause=said["cause"], hint=said["hint"] or _hint(lines))
     if launch.kind == "sif" and code == _CONTAINER_FAILED and (fatal := _fatal(lines)):
@@ -91,9 +89,7 @@ def asked_to_end(signals: tuple[int, ...], elapsed_s: float, limit_s: int, delay
     if (terminated and elapsed_s >= limit_s - 5) or (warned and elapsed_s >= limit_s - delay_s - 65):
         return Outcome(state="TIMEOUT", cause="the time limit was reached", hint=hint, resumable=True)
     if warned:
-        return Outcome(
-            state="PREEMPTED", cause="the scheduler asked the job to end", hint=hint, resumable=True
-        )
+        return Outcome(state="PREEMPTED", cause="the scheduler asked the job to end", hint=hint, resumable=True)
     if terminated:
         return Outcome(state="CANCELLED", cause="it was cancelled, or preempted", hint=hint, resumable=True)
     return None
@@ -155,6 +151,4 @@ _HINTS = (
 
 def _hint(lines: list[str]) -> str:
     text = "\n".join(lines)
-    return next(
-        (hint for pattern, hint in _HINTS if re.search(pattern, text)), "`hpc logs` shows the whole log"
-    )
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, text)), "`hpc logs` shows the whole log")
