@@ -92,8 +92,7 @@ def load(folder: Path, dtype: str, **options: Any) -> Any:
 
 
 def tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """
-    The tokenizer in a folder; `chat_template` (a Jinja file) replaces its own chat template.
+    """The tokenizer in a folder; `chat_template` (Jinja text) replaces its own chat template.
 
     HpcError where there is no chat template at all.
     """
@@ -101,10 +100,9 @@ def tokenizer(folder: Path, chat_template: str | None = None) -> Any:
 
     try:
         loaded = AutoTokenizer.from_pretrained(folder)
-        if chat_template is not None:
-            loaded.chat_template = Path(chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise HpcError(f"cannot load the tokenizer in {folder}: {_line(error)}") from error
+    loaded.chat_template = chat_template or loaded.chat_template
     if not loaded.chat_template:
         raise HpcError(
             "this model's tokenizer has no chat template",

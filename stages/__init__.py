@@ -1,0 +1,1 @@
+"""One file per stage. Each says what it needs, makes and runs; heavy imports only inside `run`."""

@@ -1,0 +1,152 @@
+"""Records: each form, the lab's faults, and errors that name file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core.errors import UsageError
+from hpc.inside import records
+
+
+def write(path: Path, *values: Any) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def rows(path: Path, *values: Any, form: records.Format = "auto") -> list[records.Row]:
+    return list(records.read(write(path / "data.jsonl", *values), form))
+
+
+def said(row: records.Row) -> list[tuple[str, str]]:
+    return [(m["role"], m["content"]) for m in row.messages]
+
+
+PAIR = [("user", "Q1"), ("assistant", "A1")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"text": "### Human: Q1### Assistant: A1"},
+        {"text": "### Human: Q1\n### Assistant: A1\n"},
+        {"instruction": "Q1", "input": "", "output": "A1", "language": "en"},
+        {"instruction": "Q1", "output": " A1 "},
+        {"messages": [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]},
+        {"conversations": [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}]},
+    ],
+)
+def test_each_form_gives_the_same_conversation(tmp_path: Path, value: dict[str, Any]) -> None:
+    (row,) = rows(tmp_path, value)
+    assert said(row) == PAIR
+    assert (row.dropped, row.unanswered) == ("", 0)
+
+
+def test_all_turns_are_kept(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, {"text": "### Human: Q1### Assistant: A1### Human: Q2### Assistant: A2"})
+    assert said(row) == [*PAIR, ("user", "Q2"), ("assistant", "A2")]
+
+
+def test_an_unanswered_last_turn_is_cut_off_and_counted(tmp_path: Path) -> None:
+    first, second = rows(
+        tmp_path,
+        {"text": "### Human: Q1### Assistant: A1### Human: Q2"},
+        {"text": "### Human: Q1### Assistant: A1### Human: Q2### Assistant: "},
+    )
+    assert said(first) == said(second) == PAIR
+    assert (first.unanswered, second.unanswered) == (1, 2)
+
+
+def test_a_heading_in_an_answer_does_not_swap_the_roles(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, {"text": "### Human: Q1### Assistant: One\n### Steps\nTwo### Human: Q2### Assistant: A2"})
+    assert said(row)[1] == ("assistant", "One\n### Steps\nTwo")
+    assert said(row)[2] == ("user", "Q2")
+
+
+def test_a_single_turn_is_counted_not_lost(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, {"text": "### Human: only a question"})
+    assert (row.messages, row.dropped) == ((), "no answer")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([], "empty"),
+        ([("user", " "), ("assistant", "")], "empty"),
+        ([("assistant", "A"), ("user", "Q"), ("assistant", "A")], "turns out of order"),
+        ([("user", "Q"), ("user", "Q"), ("assistant", "A")], "turns out of order"),
+        ([("user", ""), ("assistant", "A")], "empty turn"),
+        ([("user", "Q"), ("tool", "T"), ("assistant", "A")], "role not known: tool"),
+        ([("system", "S"), ("user", "Q")], "no answer"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_named(tmp_path: Path, turns: list[tuple[str, str]], reason: str) -> None:
+    (row,) = rows(tmp_path, {"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert (row.messages, row.dropped) == ((), reason)
+
+
+def test_a_system_message_stays_first(tmp_path: Path) -> None:
+    (row,) = rows(tmp_path, {"system": "S", "instruction": "Q1", "input": "in", "output": "A1"})
+    assert said(row) == [("system", "S"), ("user", "Q1\n\nin"), ("assistant", "A1")]
+
+
+def test_a_json_array_reads_like_lines(tmp_path: Path) -> None:
+    values = [{"instruction": f"Q{i}", "output": "A [1]"} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(values, indent=4))
+    found = list(records.read(tmp_path / "a.json"))
+    assert [said(row)[0][1] for row in found] == ["Q0", "Q1", "Q2"]
+    assert [row.where for row in found] == ["a.json line 2", "a.json line 6", "a.json line 10"]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_a_limit_reads_whole_records_only(tmp_path: Path, array: bool) -> None:
+    values = [{"instruction": f"Q{i}", "output": "A"} for i in range(100)]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(values) if array else "".join(json.dumps(v) + "\n" for v in values))
+    assert 10 < len(list(records.read(path, limit=1000))) < 40
+
+
+def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
+    line = json.dumps({"instruction": "Q", "output": "A"}).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\n\n" + line)
+    assert [row.where for row in records.read(tmp_path / "a.jsonl")] == ["a.jsonl line 1", "a.jsonl line 3"]
+
+
+GOOD = b'{"instruction": "Q", "output": "A"}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (GOOD * 16 + b'{"instruction": "Q"\n', "data.jsonl line 17: not valid JSON"),
+        (GOOD + b"\n" + b'"text"\n', "data.jsonl line 3: not a JSON object"),
+        (GOOD + b'{"instruction": "\xe4", "output": ""}', "data.jsonl line 2: not UTF-8 text"),
+        (GOOD + b'{"instruction": "Q"}', "data.jsonl line 2: 'output' must be a text, not null"),
+        (GOOD + b'{"instruction": "\\ud800", "output": "A"}', "half of a"),
+        (b'{"question": "Q", "answer": "A"}', "data.jsonl line 1: unknown form of record, with the keys answer, q"),
+        (b'{"messages": "Q"}', "the messages are not a list"),
+        (b'{"text": "intro ### Human: Q### Assistant: A"}', "does not begin with '### Human:'"),
+        (b"[" + GOOD.strip() + b",\n{]", "data.jsonl line 2: not valid JSON"),
+        (b"[" + GOOD.strip() + b"\n", "not valid JSON"),
+        (b"[" + GOOD.strip() + b"] more", "text follows the JSON array"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(data)
+    with pytest.raises(UsageError) as caught:
+        list(records.read(tmp_path / "data.jsonl"))
+    assert message in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        list(records.read(tmp_path / "none.jsonl"))
+
+
+def test_a_form_that_was_asked_for_is_kept_to(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'instruction' must be a text"):
+        rows(tmp_path, {"text": "### Human: Q### Assistant: A"}, form="alpaca")

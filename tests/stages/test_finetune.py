@@ -1,0 +1,169 @@
+"""finetune: real trl on a tiny model - resume, divergence, 4 bit, the labels, and what is refused before the queue."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core.errors import HpcError, UsageError
+from hpc.core.stage import STOPPED
+from stages import finetune
+
+RunStage = Callable[..., Any]
+
+SMALL: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "target_modules": ("all-linear",),
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "max_length": 64,
+    "max_steps": 8,
+    "save_steps": 3,
+    "gradient_checkpointing": False,
+}
+
+
+def inputs(model: Path, dataset: Path) -> dict[str, Path]:
+    return {"base_model": model, "dataset": dataset}
+
+
+def test_what_it_asks_for_and_makes() -> None:
+    lora, full = finetune.FinetuneConfig(), finetune.FinetuneConfig(method="full")
+    assert finetune.resources(lora).gpus_per_node == 1
+    assert finetune.resources(full).mem_gb > finetune.resources(lora).mem_gb
+    assert {name: a.kind for name, a in finetune.outputs(lora).items()} == {"adapter": "lora_adapter"}
+    assert {name: a.kind for name, a in finetune.outputs(full).items()} == {"model": "hf_model"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be more than 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"epochs": 0.0}, "no step to do"),
+        ({"max_steps": 0}, "no step to do"),
+        ({"max_length": 1}, "max_length"),
+        ({"lora_dropout": 1.0}, "between 0 and 1"),
+        ({"base_model": "/no/such/model"}, "no model at /no/such/model"),
+    ],
+)
+def test_check_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HpcError, match=message):
+        finetune.check(finetune.FinetuneConfig(**options))
+
+
+def test_check_passes_a_hub_name_and_the_defaults() -> None:
+    finetune.check(finetune.FinetuneConfig(base_model="organisation/name"))
+
+
+@pytest.mark.train
+def test_an_adapter_is_made_and_the_held_out_loss_falls(
+    run_stage: RunStage, tiny_model: Path, dataset: Path
+) -> None:
+    result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
+    assert result.code == 0
+    metrics, adapter = result.metrics, result.out("adapter")
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.2
+    assert (metrics["steps"], metrics["rows"], metrics["truncated"]) == (8, 24, 0)
+    assert len(metrics["losses"]) == 8
+    assert json.loads((adapter / "base.json").read_text())["base_model"] == str(tiny_model)
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
+    assert (adapter / "tokenizer.json").is_file()
+    assert not list(adapter.glob("*.bin"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (adapter / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644 & ~umask
+    told = [event for event in result.events if event.get("message") == "training"]
+    assert told
+    assert all({"loss", "learning_rate"} <= set(event) for event in told)
+
+
+@pytest.mark.train
+def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_stage("finetune", inputs(tiny_model, dataset), folder="whole", **SMALL)
+    with monkeypatch.context():
+        stop_after(4)
+        stopped = run_stage("finetune", inputs(tiny_model, dataset), folder="cut", **SMALL)
+    assert stopped.code == STOPPED
+    assert not stopped.out("adapter").exists()
+    assert (stopped.folder / "checkpoints" / "checkpoint-5" / "trainer_state.json").is_file()
+    (stopped.folder / "checkpoints" / "checkpoint-7").mkdir()  # one that a kill left half written
+    monkeypatch.undo()
+    resumed = run_stage("finetune", inputs(tiny_model, dataset), folder="cut", **SMALL)
+    assert resumed.metrics["resumed_from"] == "checkpoint-5"
+    assert resumed.metrics["losses"] == pytest.approx(whole.metrics["losses"], rel=1e-5)
+    for name in ("eval_loss_before", "eval_loss_after"):
+        assert resumed.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5)
+
+
+@pytest.mark.train
+def test_a_stop_at_the_last_step_loses_nothing(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(8)
+    assert run_stage("finetune", inputs(tiny_model, dataset), **SMALL).code == STOPPED
+    monkeypatch.undo()
+    result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
+    assert (result.code, result.metrics["resumed_from"]) == (0, "checkpoint-8")
+    assert result.out("adapter").is_dir()
+
+
+@pytest.mark.train
+def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "learning_rate": 1e30})
+    assert result.code == 1
+    assert "diverged" in result.error["cause"]
+    assert "learning_rate" in result.error["hint"]
+    assert not result.out("adapter").exists()
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_other_methods_train_too(run_stage: RunStage, tiny_model: Path, dataset: Path, method: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "method": method})
+    assert result.code == 0
+    assert result.metrics["eval_loss_after"] < result.metrics["eval_loss_before"]
+    if method == "full":
+        model = AutoModelForCausalLM.from_pretrained(result.out("model"))
+        assert model.config.use_cache
+        assert result.metrics["trainable_parameters"] == model.num_parameters()
+
+
+@pytest.mark.train
+def test_the_answers_alone_are_learnt(tiny_model: Path) -> None:
+    from hpc.inside import models
+
+    tokenizer = models.tokenizer(tiny_model)
+    turns = [("user", "Q"), ("assistant", "One."), ("user", "R"), ("assistant", "Two.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = finetune.encode(messages, tokenizer, finetune.FinetuneConfig())
+    learnt = [i for i, label in enumerate(row["labels"]) if label >= 0]
+    assert tokenizer.decode([row["labels"][i] for i in learnt]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
+    everything = finetune.encode(messages, tokenizer, finetune.FinetuneConfig(completion_only_loss=False))
+    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
+
+
+@pytest.mark.train
+def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 30, "max_steps": 1})
+    assert result.metrics["truncated"] == result.metrics["rows"] == 24
+
+
+@pytest.mark.train
+def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+    result = run_stage("finetune", inputs(tiny_model, tmp_path), **SMALL)
+    assert "no train.jsonl" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "dtype": "float16"})
+    assert "float16 needs a GPU" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 8})
+    assert result.code == UsageError.exit_code
