@@ -146,9 +146,7 @@ def _rows(dataset: Path, part: str, tokenizer: Any, config: FinetuneConfig) -> l
     try:
         lines = (dataset / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UsageError(
-            f"{dataset} has no {part}.jsonl", hint="give the data set that prepare makes"
-        ) from error
+        raise UsageError(f"{dataset} has no {part}.jsonl", hint="give the data set that prepare makes") from error
     rows = [encode(json.loads(line)["messages"], tokenizer, config) for line in lines]
     return [row for row in rows if any(label != _IGNORED for label in row["labels"])]
 
@@ -158,9 +156,7 @@ def encode(messages: list[dict[str, str]], tokenizer: Any, config: FinetuneConfi
     from jinja2 import TemplateError
 
     def tokens(until: int, **options: bool) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(messages[:until], return_dict=True, **options)[
-            "input_ids"
-        ]
+        ids: list[int] = tokenizer.apply_chat_template(messages[:until], return_dict=True, **options)["input_ids"]
         return ids
 
     try:
@@ -202,8 +198,13 @@ def _model(folder: Path, dtype: str, config: FinetuneConfig) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
-    device = 0 if torch.cuda.is_available() else "cpu"
-    return models.load(folder, dtype, quantization_config=quantization, device_map={"": device})
+    gpu = torch.cuda.is_available()
+    model = models.load(folder, dtype, quantization_config=quantization, device_map={"": 0 if gpu else "cpu"})
+    for layer in model.modules():
+        # On a CPU with AVX512-BF16, measuring a loss would repack the weights into a form without gradients.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _trainer(
@@ -271,9 +272,7 @@ def _trainer(
         callbacks=[_watcher(ctx)],
     )
     for weight in trainer.model.parameters():
-        if (
-            weight.requires_grad
-        ):  # TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16
+        if weight.requires_grad:  # TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16
             weight.data = weight.data.float()
     return trainer
 
@@ -336,11 +335,9 @@ def _train(trainer: Any, evaluate: bool, ctx: Context) -> bool:
     except _StopError:
         return False
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    ctx.metric(
-        steps=trainer.state.global_step, train_loss=result.training_loss, trainable_parameters=trainable
-    )
+    ctx.metric(steps=trainer.state.global_step, train_loss=result.training_loss, trainable_parameters=trainable)
     ctx.metric(train_seconds=result.metrics["train_runtime"], resumed_from=resumed.name if resumed else None)
-    ctx.metric(losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    ctx.metric(losses=[round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry])
     return True
 
 
@@ -357,9 +354,7 @@ def _save(model: Any, tokenizer: Any, config: FinetuneConfig, ctx: Context, *, b
             model.to(getattr(torch, dtype)).save_pretrained(part)
         else:
             model.peft_config["default"].base_model_name_or_path = base
-            model.save_pretrained(
-                part, save_embedding_layers=False
-            )  # never trained, so never asked of the hub
+            model.save_pretrained(part, save_embedding_layers=False)  # never trained, so never asked of the hub
             write_json(part / "base.json", {"base_model": base, "method": config.method, "dtype": dtype})
         tokenizer.save_pretrained(part)
 

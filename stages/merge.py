@@ -141,9 +141,7 @@ def _logits(model: Any, words: Any) -> Any:
     with torch.inference_mode():
         logits = model.eval()(**words(_PROBE, return_tensors="pt", return_token_type_ids=False)).logits
     if not bool(torch.isfinite(logits).all()):
-        raise VerificationFailed(
-            "the model gives logits that are not finite", hint="did the training diverge?"
-        )
+        raise VerificationFailed("the model gives logits that are not finite", hint="did the training diverge?")
     return logits
 
 

@@ -130,9 +130,7 @@ def _all(config: PrepareConfig, limit: int | None) -> Iterator[records.Row]:
         for row in records.read(Path(name), config.format, limit):
             yield row
         if row is None:
-            raise UsageError(
-                f"{name} holds no record", hint="check the path, and that the download was complete"
-            )
+            raise UsageError(f"{name} holds no record", hint="check the path, and that the download was complete")
 
 
 def _answered(rows: Sequence[records.Row], dropped: Counter[str]) -> list[Conversation]:
@@ -181,9 +179,7 @@ def _distinct(conversations: Iterator[Conversation], dropped: Counter[str]) -> l
     return list(kept.values())
 
 
-def _split(
-    conversations: list[Conversation], config: PrepareConfig
-) -> tuple[list[Conversation], list[Conversation]]:
+def _split(conversations: list[Conversation], config: PrepareConfig) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, held out), both in the data's order. A row's own hash decides: added rows move few."""
 
     def rank(index: int) -> bytes:

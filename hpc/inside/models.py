@@ -30,6 +30,8 @@ def settle() -> None:
     """Environment for the training libraries; call it before any of them is loaded."""
     # Spinning OpenMP threads make a step ten times slower where other processes share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A stage is one process on one card; a Trainer that sees several would split every batch among them.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a job's log is a file
@@ -270,11 +272,7 @@ def _from_hub(name: str) -> Path:
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         raise HpcError(
             f"cannot get '{name}' from the hub: "
-            + (
-                "HF_HUB_OFFLINE is set, and the model is not in the cache"
-                if offline
-                else "it cannot be reached"
-            ),
+            + ("HF_HUB_OFFLINE is set, and the model is not in the cache" if offline else "it cannot be reached"),
             hint="compute nodes often have no internet: on the login node, hf download"
             f" {name} --local-dir models/{name.rpartition('/')[2]}, and set base_model to that folder",
         ) from error

@@ -107,9 +107,7 @@ def _guanaco(value: dict[str, Any], where: str) -> list[Turn]:
     text = _text(value, "text", where)
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
-        raise UsageError(
-            f"{where}: the text does not begin with '### Human:'", hint="mend or delete the record"
-        )
+        raise UsageError(f"{where}: the text does not begin with '### Human:'", hint="mend or delete the record")
     return [(role.lower(), said.strip()) for role, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
@@ -128,9 +126,7 @@ def _messages(value: dict[str, Any], where: str) -> list[Turn]:
     turns = value.get("conversations" if sharegpt else "messages")
     role, content = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UsageError(
-            f"{where}: the messages are not a list of objects", hint=f"expected [{{{role}, {content}}}]"
-        )
+        raise UsageError(f"{where}: the messages are not a list of objects", hint=f"expected [{{{role}, {content}}}]")
     return [(_text(turn, role, where), _text(turn, content, where)) for turn in turns]
 
 
@@ -142,15 +138,11 @@ def _text(value: dict[str, Any], key: str, where: str, missing: str | None = Non
     if text is None and missing is not None:
         return missing
     if not isinstance(text, str):
-        raise UsageError(
-            f"{where}: '{key}' must be a text, not {json.dumps(text)[:40]}", hint="mend the record"
-        )
+        raise UsageError(f"{where}: '{key}' must be a text, not {json.dumps(text)[:40]}", hint="mend the record")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{where}: '{key}' holds half of a \\u surrogate pair", hint="mend the record"
-        ) from error
+        raise UsageError(f"{where}: '{key}' holds half of a \\u surrogate pair", hint="mend the record") from error
     return text.strip()
 
 
@@ -160,9 +152,7 @@ def _values(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
         with open(path, "rb") as file:
             head = file.read(_CHUNK).removeprefix(_BOM).lstrip()
     except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}", hint="check the path and its rights"
-        ) from error
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint="check the path and its rights") from error
     return _array(path, limit) if head.startswith(b"[") else _lines(path, limit)
 
 
@@ -191,11 +181,7 @@ def _array(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         data = file.read() if limit is None else file.read(limit)
         whole = not file.read(1)
-    text = (
-        _utf8(data.removeprefix(_BOM), path.name)
-        if whole
-        else data.removeprefix(_BOM).decode("utf-8", "ignore")
-    )
+    text = _utf8(data.removeprefix(_BOM), path.name) if whole else data.removeprefix(_BOM).decode("utf-8", "ignore")
     decoder, line, seen = json.JSONDecoder(), 1, 0
     at = _skip(text, text.index("[") + 1, "")
     while text[at : at + 1] != "]":
@@ -213,9 +199,7 @@ def _array(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
         yield where, value
         at = _skip(text, end, ",")
     if whole and text[at + 1 :].strip():
-        raise UsageError(
-            f"{path.name}: text follows the JSON array", hint="a file is one array, or one object a line"
-        )
+        raise UsageError(f"{path.name}: text follows the JSON array", hint="a file is one array, or one object a line")
 
 
 def _skip(text: str, at: int, also: str) -> int:
@@ -229,6 +213,4 @@ def _utf8(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{where}: not UTF-8 text", hint="convert it, e.g. iconv -f latin1 -t utf8"
-        ) from error
+        raise UsageError(f"{where}: not UTF-8 text", hint="convert it, e.g. iconv -f latin1 -t utf8") from error

@@ -51,7 +51,7 @@ RunStage = Callable[..., Result]
 
 @pytest.fixture
 def run_stage(tmp_path: Path) -> Iterator[RunStage]:
-    """run_stage(name, inputs, folder=…, **config): the stage through hpc.inside.runner.main."""
+    """One stage through hpc.inside.runner.main: its name, its inputs, the run's `folder`, and its config."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
 
     def run(name: str, inputs: Mapping[str, object] | None = None, *, folder: str = "run", **config: Any) -> Result:
@@ -85,7 +85,7 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """stop_after(n): the scheduler's signal arrives once step n of a training was told."""
+    """Let the scheduler's signal arrive once the given step of a training was told."""
 
     def arm(step: int) -> None:
         told = runner.RunContext.progress
@@ -119,9 +119,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(letters), **shape, eos_token_id=1, bos_token_id=0, max_position_embeddings=256
-    )
+    config = LlamaConfig(vocab_size=len(letters), **shape, eos_token_id=1, bos_token_id=0, max_position_embeddings=256)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ def test_check_passes_a_hub_name_and_the_defaults() -> None:
 
 
 @pytest.mark.train
-def test_an_adapter_is_made_and_the_held_out_loss_falls(
-    run_stage: RunStage, tiny_model: Path, dataset: Path
-) -> None:
+def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
     assert result.code == 0
     metrics, adapter = result.metrics, result.out("adapter")
@@ -86,7 +85,11 @@ def test_an_adapter_is_made_and_the_held_out_loss_falls(
 
 @pytest.mark.train
 def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
-    run_stage: RunStage, tiny_model: Path, dataset: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    run_stage: RunStage,
+    tiny_model: Path,
+    dataset: Path,
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = run_stage("finetune", inputs(tiny_model, dataset), folder="whole", **SMALL)
     with monkeypatch.context():
@@ -106,7 +109,11 @@ def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
 
 @pytest.mark.train
 def test_a_stop_at_the_last_step_loses_nothing(
-    run_stage: RunStage, tiny_model: Path, dataset: Path, stop_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    run_stage: RunStage,
+    tiny_model: Path,
+    dataset: Path,
+    stop_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stop_after(8)
     assert run_stage("finetune", inputs(tiny_model, dataset), **SMALL).code == STOPPED
@@ -137,6 +144,21 @@ def test_other_methods_train_too(run_stage: RunStage, tiny_model: Path, dataset:
         model = AutoModelForCausalLM.from_pretrained(result.out("model"))
         assert model.config.use_cache
         assert result.metrics["trainable_parameters"] == model.num_parameters()
+
+
+@pytest.mark.train
+def test_measuring_the_loss_first_does_not_change_a_4_bit_training(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copy(dataset / "train.jsonl", tmp_path)
+    (tmp_path / "eval.jsonl").touch()
+    config = {**SMALL, "method": "qlora", "lora_dropout": 0.0}
+    with_eval, without = (
+        run_stage("finetune", inputs(tiny_model, data), folder=data.name, **config).metrics
+        for data in (dataset, tmp_path)
+    )
+    assert "eval_loss_before" not in without
+    assert with_eval["losses"] == pytest.approx(without["losses"], rel=1e-5)
 
 
 @pytest.mark.train

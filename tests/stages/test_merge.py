@@ -105,18 +105,14 @@ def closed_umask() -> Iterator[None]:
 @pytest.mark.train
 @pytest.mark.usefixtures("closed_umask")
 @pytest.mark.parametrize(("readable", "modes"), [(False, (0o600, 0o700)), (True, (0o644, 0o755))])
-def test_who_may_read_it(
-    run_stage: RunStage, adapter: Path, readable: bool, modes: tuple[int, int]
-) -> None:
+def test_who_may_read_it(run_stage: RunStage, adapter: Path, readable: bool, modes: tuple[int, int]) -> None:
     folder = run_stage("merge", {"adapter": adapter}, readable=readable).out("model")
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {modes[0]}
     assert folder.stat().st_mode & 0o777 == modes[1]
 
 
 @pytest.mark.train
-def test_a_token_without_a_weight_is_dropped(
-    run_stage: RunStage, adapter: Path, tmp_path: Path
-) -> None:
+def test_a_token_without_a_weight_is_dropped(run_stage: RunStage, adapter: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     padded = tmp_path / "padded"
@@ -132,7 +128,9 @@ def test_a_token_without_a_weight_is_dropped(
 
 
 @pytest.mark.train
-def test_another_models_adapter_is_refused(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_another_models_adapter_is_refused(
+    run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     other = tmp_path / "other"
