@@ -1,0 +1,39 @@
+# Every target makes what it needs first, and only what is missing.
+#   make PYTHON=/path/to/python3   another Python than the one on PATH, 3.11 to 3.13 for the train environment
+#   make PIP_ARGS=...              options for pip, e.g. --extra-index-url=https://download.pytorch.org/whl/cpu (torch without CUDA)
+#   make test RINGS="light train" ARGS="-k plan"    some test rings only; options for pytest
+PYTHON ?= python3
+export PYTHON PIP_ARGS RINGS ARGS
+unexport HPC_CONFIG HPC_SITE HPC_RUNS
+BIN := .venvs/hpc/bin
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: setup train-env  ## data -> a fine-tuned model, on this machine's CPU, in minutes
+	@$(BIN)/python demo/fetch.py
+	@cd demo && HPC_SITE_VENVS="$(CURDIR)/.venvs" ../$(BIN)/hpc submit pipeline --site local --wait
+	@$(BIN)/python demo/summary.py
+
+test: setup train-env  ## every test; as root those with a real Slurm and Apptainer too
+	@tools/test.sh
+
+lint: setup  ## style, types, shell scripts, and whether docs/ is up to date
+	@tools/lint.sh
+
+bench: setup  ## the benchmarks
+	@$(BIN)/python bench/run.py
+
+docs: setup  ## write docs/cli.md anew, check the links
+	@$(BIN)/python tools/docs.py
+
+setup:  ## .venvs/hpc: hpc from this checkout, and the tools of its development
+	@$(PYTHON) tools/venv.py .venvs/hpc requirements-dev.txt --editable .
+
+train-env:  ## .venvs/train: torch, transformers, trl, peft
+	@$(PYTHON) tools/venv.py .venvs/train containers/train.requirements.txt tests/requirements-train.txt
+
+clean:  ## forget the environments, caches and the demo's runs; its model and data stay
+	rm -rf .venvs .mypy_cache .ruff_cache .pytest_cache build dist demo/runs
+
+.PHONY: help demo test lint bench docs setup train-env clean

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# make test: the rings one after the other, however many fail, then what each ended with.
+#
+#   light        no torch, no Slurm: the plan, the parsers, the command line
+#   pythons      the same with the oldest and the newest Python that is supported, where they are found
+#   train        tiny models are really trained, in .venvs/train
+#   integration  a real Slurm and Apptainer on this machine; needs root
+# RINGS: some of them.  ARGS: options for pytest.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+read -ra args <<<"${ARGS:-}"
+ends=()
+failed=0
+
+ring() {  # NAME PYTHON WORDS...   one run of pytest
+    local name=$1 python=$2 code begin=$SECONDS last
+    shift 2
+    echo "=== $name"
+    "$python" -m pytest -q --durations=10 --color="$colour" "$@" "${args[@]}" 2>&1 | tee "$log"
+    code=${PIPESTATUS[0]}
+    last=$(tail -n 1 "$log")
+    [ "$code" != 5 ] || code=0                 # ARGS chose none of this ring's
+    [ "$code" = 0 ] || failed=1
+    note "$name" "$last" "$([ "$code" = 0 ] && echo ok || echo FAILED), $((SECONDS - begin)) s"
+}
+note() { ends+=("$(printf '%-22s %s  (%s)' "$1" "$2" "$3")"); }
+
+light() { ring light .venvs/hpc/bin/python -m "not train and not integration"; }
+
+pythons() {
+    local minor found
+    for minor in 3.10 3.13; do
+        read -r _ found < <(tools/pythons.sh "$minor") || {
+            echo "NOT TESTED WITH PYTHON $minor: there is none on PATH or in ~/.pyenv/versions" >&2
+            note "light, Python $minor" "NOT RUN" "no such Python here"
+            continue
+        }
+        "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable . &&
+            ring "light, Python $minor" ".venvs/py$minor/bin/python" -m "not train and not integration" ||
+            { failed=1; note "light, Python $minor" "NOT RUN" "FAILED"; }
+    done
+}
+
+train() {  # only the files that have such tests: the others import what this environment lacks
+    local files
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.train' tests)
+    ring train .venvs/train/bin/python -m "train and not integration" "${files[@]}"
+}
+
+integration() {  # its fixtures bring up the cluster and build the images
+    if [ "$(id -u)" = 0 ] && ! tests/cluster/install-apptainer.sh; then
+        failed=1
+        note integration "NOT RUN" "FAILED: no Apptainer"
+        return
+    fi
+    ring integration .venvs/hpc/bin/python -m integration tests/integration
+}
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+colour=no
+[ ! -t 1 ] || colour=yes
+for name in ${RINGS:-light pythons train integration}; do
+    case $name in
+        light | pythons | train | integration) "$name" ;;
+        *) echo "there is no ring $name: light pythons train integration" >&2; exit 2 ;;
+    esac
+done
+echo "=== in short"
+printf '%s\n' "${ends[@]}"
+exit $failed
