@@ -1,0 +1,1 @@
+"""Tests of hpc/node: pure, and with real child processes."""
