@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
@@ -45,6 +45,8 @@ class Planned:
     stage: Stage
     config: Any
     resources: Resources
+    site: Site
+    """The site as this stage sees it: its own sbatch options are in."""
     environment: Environment
     sources: tuple[Source, ...]
     reads: tuple[str, ...]
@@ -100,6 +102,8 @@ class Wish:
     config: Any
     overrides: Mapping[str, int]
     """Single values of Resources, from `resources = {…}` or the command line."""
+    sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """sbatch options of this stage alone, e.g. a partition without GPUs; over those of the site."""
 
 
 def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts) -> Plan:
@@ -139,8 +143,8 @@ def _closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[
             continue
         needed.add(name)
         wish = wishes[name]
-        for field, wanted_input in wish.stage.consumes.items():
-            if getattr(wish.config, field, None) is None:
+        for given, wanted_input in wish.stage.consumes.items():
+            if getattr(wish.config, given, None) is None:
                 found = producer(wanted_input.kind, name, order, wishes)
                 if found:
                     waiting.append(found[0])
@@ -157,12 +161,14 @@ def _one(
     limits: Limits | None,
 ) -> tuple[Planned, list[str]]:
     stage = wish.stage
-    sources = tuple(_source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
+    found = (_source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
+    sources = tuple(source for source in found if source is not None)
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
     config = _with_paths(wish.config, absolute, files)
     if stage.check is not None:
         stage.check(config)
+    site = of_stage(site, wish.sbatch)
     resources, notes = fit(stage, dataclasses.replace(stage.resources(config), **wish.overrides), site, limits)
     environment = facts.environment(stage.container)
     key = configs.key_of(
@@ -179,6 +185,7 @@ def _one(
             stage=stage,
             config=config,
             resources=resources,
+            site=site,
             environment=environment,
             sources=sources,
             reads=reads,
@@ -186,6 +193,13 @@ def _one(
         ),
         notes,
     )
+
+
+def of_stage(site: Site, sbatch: Mapping[str, str | int | bool]) -> Site:
+    """The site with one stage's sbatch options: those that the site has fields for, and the rest passed through."""
+    own: dict[str, Any] = {k: str(v) for k, v in sbatch.items() if k in {"partition", "account", "qos"}}
+    rest = {k: v for k, v in sbatch.items() if k not in own}
+    return dataclasses.replace(site, sbatch={**site.sbatch, **rest}, **own)
 
 
 def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tuple[Resources, list[str]]:
@@ -219,9 +233,13 @@ def _source(
     order: Sequence[str],
     wishes: Mapping[str, Wish],
     facts: Facts,
-) -> Source:
+) -> Source | None:
+    """Where the input comes from; None for one that may be missing and is."""
     stage, kind = wish.stage, wish.stage.consumes[name].kind
+    found = producer(kind, stage.name, order, wishes)
     given = getattr(wish.config, name, None)
+    if given is None and found is None:
+        given = _given_before(name, kind, stage.name, order, wishes)
     if given is not None:
         path = facts.path(given)
         if path is None and kind == "hf_model" and is_hub_name(given):
@@ -233,13 +251,26 @@ def _source(
                 + (", or a model's name on the hub (organisation/name)" if kind == "hf_model" else ""),
             )
         return Source(name=name, kind=kind, stage=None, value=path, key=facts.digest(path))
-    found = producer(kind, stage.name, order, wishes)
+    if found is None and stage.consumes[name].optional:
+        return None
     if found is None:
         raise Refused(
             f"{stage.name} needs a {kind} as '{name}', and no stage before it in the pipeline makes one",
             hint=f"set {stage.name}.{name}, or put the stage that makes it into pipeline.stages",
         )
     return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
+
+
+def _given_before(
+    name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]
+) -> str | None:
+    """What an earlier stage was given as its input of the same name: merge takes finetune's base_model."""
+    for earlier in reversed(order[: order.index(before)]):
+        wanted = wishes[earlier].stage.consumes.get(name)
+        value = getattr(wishes[earlier].config, name, None)
+        if wanted is not None and wanted.kind == kind and value is not None:
+            return str(value)
+    return None
 
 
 def is_hub_name(text: str) -> bool:
@@ -265,12 +296,12 @@ def _existing(text: str, stage: str, facts: Facts) -> str:
 def _with_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> Any:
     """The config with every path that it names made absolute."""
     changes: dict[str, Any] = dict(absolute)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
         if isinstance(value, str) and value in files:
-            changes[field.name] = files[value]
+            changes[name] = files[value]
         elif isinstance(value, tuple) and any(v in files for v in value):
-            changes[field.name] = tuple(files.get(v, v) for v in value)
+            changes[name] = tuple(files.get(v, v) for v in value)
     return dataclasses.replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 
 

@@ -36,7 +36,8 @@ class Input:
     """One thing that a stage consumes.
 
     It comes from the field of the same name in the stage's config where that is set (a path, or for a model also
-    a name on the hub), else from the stage before it that produces this kind.
+    a name on the hub), else from the stage before it that produces this kind, else it is what an earlier stage was
+    given under the same name.
     """
 
     kind: Kind

@@ -109,7 +109,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         attempt=attempt,
         document=document,
         job=job,
-        batch=_batch(planned, site, run, delay_s, comment),
+        batch=_batch(planned, run, delay_s, comment),
         comment=comment,
         python=site.python or sys.executable,
         code=run.code,
@@ -172,8 +172,8 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     )
 
 
-def _batch(planned: Planned, site: Site, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
-    asked = planned.resources
+def _batch(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
+    asked, site = planned.resources, planned.site
     parameters: dict[str, Any] = {
         "job_name": planned.name,
         "time": asked.time_min,

@@ -184,7 +184,7 @@ def _spread(layer: Layer, pipeline: Sequence[str]) -> Layer:
     for name, value in layer.table.items():
         if name in {"site", "runs"} or name in table:
             continue
-        owners = [s for s in pipeline if name == "resources" or name in _fields(stages.load(s).config)]
+        owners = [s for s in pipeline if name in _TABLES or name in _fields(stages.load(s).config)]
         if len(owners) > 1:
             raise UsageError(
                 f"{layer.origin}: '{name}' is a setting of {' and '.join(owners)}",
@@ -227,17 +227,14 @@ def _site_folders(root: Path) -> tuple[Path, ...]:
 
 def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str]) -> Wish:
     values: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {"resources": {}, "sbatch": {}}
     for layer in layers:
         for field, value in layer.table.get(stage.name, {}).items():
             origins[f"{stage.name}.{field}"] = layer.origin
-            if field == "resources":
+            if field in tables:
                 if not isinstance(value, Mapping):
-                    raise UsageError(
-                        f"{layer.origin}: {stage.name}.resources must be a table",
-                        hint="for example resources = { gpus_per_node = 1, time_min = 60 }",
-                    )
-                overrides.update(value)
+                    raise UsageError(f"{layer.origin}: {stage.name}.{field} must be a table", hint=_TABLES[field])
+                tables[field].update(value)
             else:
                 values[field] = value
     config = dict(_checked(stage.name, stage.config, values, origins))
@@ -247,11 +244,19 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
             f"{stage.name} needs the setting '{missing[0]}'",
             hint=f"write it in {FILE}: [{stage.name}] {missing[0]} = …, or give --set {stage.name}.{missing[0]}=…",
         )
-    checked = dict(_checked(f"{stage.name}.resources", Resources, overrides, origins, stage.name + ".resources"))
+    resources = f"{stage.name}.resources"
+    overrides = dict(_checked(resources, Resources, tables["resources"], origins, resources))
     try:
-        return Wish(stage=stage, config=stage.config(**config), overrides=checked)
+        return Wish(stage=stage, config=stage.config(**config), overrides=overrides, sbatch=tables["sbatch"])
     except ValueError as error:  # a __post_init__ that refuses a contradiction
         raise UsageError(f"{stage.name}: {error}", hint=f"see [{stage.name}] in {FILE}") from error
+
+
+_TABLES = {
+    "resources": "for example resources = { gpus_per_node = 1, time_min = 60 }",
+    "sbatch": 'for example sbatch = { partition = "cpu", exclude = "node07" }',
+}
+"""Tables that every stage may have beside its config."""
 
 
 def _checked(

@@ -148,7 +148,7 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
     if ended is not None:
         return _ended(submitted, ended, queued.state if queued else None)
     if queued is not None:
-        return _without_outcome(submitted, attempt, queued.state, queued.start, queued.nodes)
+        return _without_outcome(submitted, attempt, queued.state, queued.nodes)
     if scheduler.problem is not None:
         return _base(submitted, state=UNKNOWN, reason="Slurm cannot be reached")
     if job["status"] == "submitting":
@@ -179,7 +179,8 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
     latest = next((e for e in reversed(events) if e.get("total")), None)
     if latest is None:
         return state
-    return replace(state, done=latest["done"], total=latest["total"], message=latest.get("message", ""))
+    message = latest.get("message", "") + (f", loss {latest['loss']:.3f}" if "loss" in latest else "")
+    return replace(state, done=latest["done"], total=latest["total"], message=message)
 
 
 def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | None = None) -> StageState:
@@ -230,16 +231,14 @@ def _started(attempt: rundir.AttemptDir) -> float | None:
         return None
 
 
-def _without_outcome(
-    submitted: _Submitted, attempt: rundir.AttemptDir, state: str, start: float | None, node: str
-) -> StageState:
+def _without_outcome(submitted: _Submitted, attempt: rundir.AttemptDir, state: str, node: str) -> StageState:
     """Ended by Slurm before the node could write an outcome."""
     if attempt.stop.exists() and state in {"CANCELLED", "FAILED"}:
         return _base(submitted, state="CANCELLED", reason="cancelled by hpc cancel", node=node)
     if state == "FAILED" and _slurm_says_oom(attempt):
         state = "OUT_OF_MEMORY"
     reason, hint = _ENDS.get(state, ("", "`hpc logs` shows what is known"))
-    if state == "CANCELLED" and not start:
+    if state == "CANCELLED" and not attempt.events.exists():
         reason, hint = "cancelled before it began: by hand, or because its input failed", ""
     resumable = state in {"TIMEOUT", "PREEMPTED", "NODE_FAIL"}
     return _base(submitted, state=state, reason=reason, hint=hint, node=node, resumable=resumable)
@@ -275,7 +274,7 @@ def _from_accounting(open_ones: list[tuple[int, _Submitted]], scheduler: Schedul
         if record is None or (record.submit or 0) < submitted.job["submitted"] - _CLOCK_SKEW_S:
             yield place, _unknown(submitted, attempt)
         elif record.state in ENDED:
-            yield place, _without_outcome(submitted, attempt, record.state, record.start, record.nodes)
+            yield place, _without_outcome(submitted, attempt, record.state, record.nodes)
         else:  # it lags a few seconds behind the controller, which has forgotten the job
             yield place, _unknown(submitted, attempt)
 

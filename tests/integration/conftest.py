@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support import probe
+
 from .cluster import Cluster
+from .project import SITE, Project
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
@@ -95,3 +99,32 @@ def workdir(cluster: Cluster) -> Iterator[Path]:
     shutil.chown(folder, "alice", "alice")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def probes(hpc_install: Path) -> list[str]:
+    """The stages first, second and third, added to the installed hpc as a user would: one file each."""
+    (folder,) = hpc_install.glob("lib/python*/site-packages/stages")
+    return probe.write_chain(folder)
+
+
+@pytest.fixture
+def project(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path, probes: list[str]) -> Project:
+    """A project whose pipeline is the probe stages, in the small image."""
+    made = Project(cluster, workdir, hpc_install)
+    made.write("sites/slurm-test.toml", SITE.format(images=base_sif.parent))
+    made.write(
+        "hpc.toml",
+        f'site = "slurm-test"\n[environments]\ntrain = "{base_sif}"\n'
+        f'[pipeline]\nstages = {probes}\n'.replace("'", '"'),
+    )
+    return made
+
+
+@pytest.fixture(scope="session")
+def demo_files() -> Path:
+    """The demo's folder with its model and data, fetched where they are missing."""
+    demo = CHECKOUT / "demo"
+    done = subprocess.run([sys.executable, demo / "fetch.py"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return demo

@@ -1,0 +1,75 @@
+"""A project folder of alice's on the cluster, and `hpc` run in it as she would."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cluster import Cluster
+
+SITE = """\
+extends = "slurm"
+partition = "batch"
+account = "research"
+gres = "gpu:a100"
+images = "{images}"
+signal_delay_s = 10
+heartbeat_s = 2
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """One folder with hpc.toml and sites/slurm-test.toml."""
+
+    cluster: Cluster
+    folder: Path
+    venv: Path
+
+    def write(self, name: str, text: str) -> Path:
+        """A file of alice's in the project."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        for owned in (path, path.parent):
+            shutil.chown(owned, "alice", "alice")
+        return path
+
+    def hpc(
+        self, *arguments: str, user: str = "alice", check: bool = True, env: dict[str, str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        """`hpc ARGUMENTS` on the login node, in the project's folder."""
+        return self.cluster.run(
+            user, str(self.venv / "bin" / "hpc"), *arguments, cwd=self.folder, check=check, env=env, timeout=timeout
+        )
+
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        hpc = str(self.venv / "bin" / "hpc")
+        return self.cluster.popen("alice", hpc, *arguments, cwd=self.folder, stdout=pipe, stderr=pipe)
+
+    def json(self, *arguments: str, check: bool = True) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.hpc(*arguments, "--json", check=check).stdout)
+        return document
+
+    def states(self, run: str = "") -> dict[str, dict[str, Any]]:
+        """Stage -> its row of `hpc status RUN --json`."""
+        rows = self.json("status", *([run] if run else []))["stages"]
+        return {row["stage"]: row for row in rows}
+
+    def until(self, wanted: Callable[[dict[str, dict[str, Any]]], bool], run: str = "", timeout: float = 60) -> dict[str, dict[str, Any]]:  # fmt: skip
+        """Ask for the states until they are as wanted; AssertionError with the last ones where they never are."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = self.states(run)
+            if wanted(found):
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(0.3)

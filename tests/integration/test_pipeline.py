@@ -1,0 +1,74 @@
+"""The main job on the cluster: prepare, finetune and merge on real data and real weights, in the train image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .project import Project
+
+DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
+
+SETTINGS = """\
+site = "slurm-test"
+[pipeline]
+stages = ["prepare", "finetune", "merge"]
+[prepare]
+data = ["faq.jsonl"]
+languages = ["en"]
+max_samples = 540
+eval_rows = 4
+resources = { cpus_per_task = 2, mem_gb = 4 }
+sbatch = { nodelist = "dgx01" }
+[finetune]
+base_model = "smollm2.gguf"
+lora_r = 4
+max_steps = 4
+batch_size = 1
+max_length = 64
+save_steps = 2
+gradient_checkpointing = false
+resources = { cpus_per_task = 2, mem_gb = 8 }
+sbatch = { nodelist = "dgx02" }
+[merge]
+ask = "Do I need a building permit for a garden shed?"
+resources = { cpus_per_task = 2, mem_gb = 8 }
+sbatch = { nodelist = "dgx03" }
+"""
+
+
+@pytest.fixture
+def lab(project: Project, train_sif: Path, demo_files: Path) -> Project:
+    """The project with the demo's model and data, and the stages in the train image."""
+    for file in (demo_files / "data" / "faq.jsonl", demo_files / "models" / "smollm2.gguf"):
+        shutil.copy(file, project.folder / file.name)
+    project.write("hpc.toml", SETTINGS)
+    assert (train_sif.parent / "train.sif").samefile(train_sif)  # the site finds it by the environment's name
+    return project
+
+
+def test_pipeline_in_the_train_image_on_three_nodes(lab: Project) -> None:
+    done = lab.hpc("submit", "pipeline", "--wait", timeout=600)
+    assert "completed" in done.stderr
+    found = lab.states()
+    assert [s["state"] for s in found.values()] == ["COMPLETED"] * 3
+    assert [s["node"] for s in found.values()] == ["dgx01", "dgx02", "dgx03"]
+
+    run = lab.folder / "runs" / found["merge"]["run"]
+    manifests = {name: json.loads((run / name / "manifest.json").read_text()) for name in found}
+    assert manifests["prepare"]["metrics"]["languages"].get("en", 0) > 0
+    assert manifests["finetune"]["environment"]["kind"] == "sif"
+    assert manifests["finetune"]["versions"]["trl"]
+    assert manifests["merge"]["metrics"]["after"]
+    model = run / "merge" / "out" / "model"
+    assert (model / "model.safetensors").stat().st_uid == (lab.folder).stat().st_uid
+    assert {"config.json", "tokenizer.json"} <= {p.name for p in model.iterdir()}
+    asked = json.loads((run / "finetune" / "config.json").read_text())
+    assert asked["config"]["weight_decay"] is not None, "every default is written out"
+
+    # what is done is not done again, by whatever name it is asked for
+    again = lab.hpc("submit", "finetune")
+    assert "nothing to do for prepare (done), finetune (done)" in again.stdout
