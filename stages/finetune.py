@@ -57,7 +57,7 @@ class FinetuneConfig:
     grad_accum: int = 1
     """Forward passes per optimizer step."""
     max_length: int = 512
-    """Tokens per conversation; longer ones are cut at the end, and counted."""
+    """Tokens per conversation; longer ones are cut, and counted."""
     completion_only_loss: bool = True
     """Learn the answers only; false: the questions and the system message too."""
     optim: str = "adamw_torch"
@@ -130,25 +130,32 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     folder = models.local(base, ctx.cache)
     template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
     tokenizer = models.tokenizer(folder, template)
-    rows = {part: _rows(Path(ctx.inputs["dataset"]), part, tokenizer, config) for part in ("train", "eval")}
+    rows = {part: _rows(part, tokenizer, config, ctx) for part in ("train", "eval")}
     if not rows["train"]:
-        raise UsageError("the data set has no row to train on", hint="run prepare on more data")
+        raise UsageError(
+            f"no row of the data set has an answer within {config.max_length} tokens",
+            hint="raise finetune.max_length, or prepare more data",
+        )
     trainer = _trainer(_model(folder, dtype, config), tokenizer, rows, config, ctx)
     if not _train(trainer, bool(rows["eval"]), ctx):
         return
-    ctx.metric(base_model=base, method=config.method, dtype=dtype, rows=len(rows["train"]))
-    ctx.metric(truncated=sum(len(row["input_ids"]) == config.max_length for row in rows["train"]))
+    ctx.metric(base_model=base, method=config.method, dtype=dtype)
     _save(trainer.model, tokenizer, config, ctx, base=base, dtype=dtype)
 
 
-def _rows(dataset: Path, part: str, tokenizer: Any, config: FinetuneConfig) -> list[dict[str, list[int]]]:
-    """The tokens and labels of train.jsonl or eval.jsonl; UsageError where the folder is no data set."""
+def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> list[dict[str, list[int]]]:
+    """Tokens and labels of train.jsonl or eval.jsonl, cut to max_length; UsageError where there is no such file."""
+    path = Path(ctx.inputs["dataset"]) / f"{part}.jsonl"
     try:
-        lines = (dataset / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        with open(path, encoding="utf-8") as file:  # not splitlines(), which also splits at U+2028 within a text
+            rows = [encode(json.loads(line)["messages"], tokenizer, config) for line in file]
     except OSError as error:
-        raise UsageError(f"{dataset} has no {part}.jsonl", hint="give the data set that prepare makes") from error
-    rows = [encode(json.loads(line)["messages"], tokenizer, config) for line in lines]
-    return [row for row in rows if any(label != _IGNORED for label in row["labels"])]
+        raise UsageError(f"there is no {path}", hint="give the data set that prepare makes") from error
+    cut = [{name: ids[: config.max_length] for name, ids in row.items()} for row in rows]
+    kept = [row for row in cut if any(label != _IGNORED for label in row["labels"])]
+    too_long = sum(len(row["input_ids"]) > config.max_length for row in rows)
+    ctx.metric(**{f"{part}_rows": len(kept), f"{part}_cut": too_long, f"{part}_without_answer": len(cut) - len(kept)})
+    return kept
 
 
 def encode(messages: list[dict[str, str]], tokenizer: Any, config: FinetuneConfig) -> dict[str, list[int]]:
@@ -172,7 +179,7 @@ def encode(messages: list[dict[str, str]], tokenizer: Any, config: FinetuneConfi
             f"the model's chat template refuses a conversation: {error}",
             hint="does it allow a system message?",
         ) from error
-    return {"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]}
+    return {"input_ids": ids, "labels": labels}
 
 
 def _shared(a: list[int], b: list[int]) -> int:

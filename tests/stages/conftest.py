@@ -129,9 +129,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 short conversations to train on and 4 held out."""
     folder = tmp_path_factory.mktemp("dataset")
     for name, count, seed in (("train", 24, 0), ("eval", 4, 3)):
-        with open(folder / f"{name}.jsonl", "w") as file:
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             for i in range(count):
                 word = WORDS[(i + seed) % len(WORDS)]
-                turns = ({"role": "user", "content": f"{word} {i}?"}, {"role": "assistant", "content": f"A {word}."})
-                file.write(json.dumps({"messages": turns}) + "\n")
+                turns = (
+                    {"role": "user", "content": f"{word}\u2028{i}?"},
+                    {"role": "assistant", "content": f"A {word}."},
+                )
+                file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
     return folder

@@ -69,7 +69,7 @@ def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tin
     assert result.code == 0
     metrics, adapter = result.metrics, result.out("adapter")
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.2
-    assert (metrics["steps"], metrics["rows"], metrics["truncated"]) == (8, 24, 0)
+    assert (metrics["steps"], metrics["train_rows"], metrics["eval_rows"], metrics["train_cut"]) == (8, 24, 4, 0)
     assert len(metrics["losses"]) == 8
     assert json.loads((adapter / "base.json").read_text())["base_model"] == str(tiny_model)
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model)
@@ -177,15 +177,16 @@ def test_the_answers_alone_are_learnt(tiny_model: Path) -> None:
 
 @pytest.mark.train
 def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
-    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 30, "max_steps": 1})
-    assert result.metrics["truncated"] == result.metrics["rows"] == 24
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 36, "max_steps": 1})
+    assert result.metrics["train_cut"] == result.metrics["train_rows"] == 24
 
 
 @pytest.mark.train
 def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, tmp_path), **SMALL)
-    assert "no train.jsonl" in result.error["cause"]
+    assert "there is no" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "dtype": "float16"})
     assert "float16 needs a GPU" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 8})
     assert result.code == UsageError.exit_code
+    assert "no row of the data set has an answer within 8 tokens" in result.error["cause"]
