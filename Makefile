@@ -15,7 +15,7 @@ demo: setup train-env  ## data -> a fine-tuned model, on this machine's CPU, in 
 	@cd demo && HPC_SITE_VENVS="$(CURDIR)/.venvs" ../$(BIN)/hpc submit pipeline --site local --wait
 	@$(BIN)/python demo/summary.py
 
-test: setup train-env  ## every test; as root those with a real Slurm and Apptainer too
+test: setup  ## every test; as root those with a real Slurm and Apptainer too
 	@tools/test.sh
 
 lint: setup  ## style, types, shell scripts, and whether docs/ is up to date

@@ -16,41 +16,44 @@ ring() {  # NAME PYTHON WORDS...   one run of pytest
     local name=$1 python=$2 code begin=$SECONDS last
     shift 2
     echo "=== $name"
-    "$python" -m pytest -q --durations=10 --color="$colour" "$@" "${args[@]}" 2>&1 | tee "$log"
+    "$python" -m pytest --durations=10 --color="$colour" "$@" "${args[@]}" 2>&1 | tee "$log"
     code=${PIPESTATUS[0]}
-    last=$(tail -n 1 "$log")
+    last=$(tail -n 1 "$log" | tr -d '=')
     [ "$code" != 5 ] || code=0                 # ARGS chose none of this ring's
     [ "$code" = 0 ] || failed=1
     note "$name" "$last" "$([ "$code" = 0 ] && echo ok || echo FAILED), $((SECONDS - begin)) s"
 }
-note() { ends+=("$(printf '%-22s %s  (%s)' "$1" "$2" "$3")"); }
+note() { ends+=("$(printf '%-20s%s (%s)' "$1" "$2" "$3")"); }
+broken() { failed=1; note "$1" "NOT RUN" "FAILED: $2"; }
 
 light() { ring light .venvs/hpc/bin/python -m "not train and not integration"; }
 
 pythons() {
     local minor found
     for minor in 3.10 3.13; do
-        read -r _ found < <(tools/pythons.sh "$minor") || {
+        if ! read -r _ found < <(tools/pythons.sh "$minor"); then
             echo "NOT TESTED WITH PYTHON $minor: there is none on PATH or in ~/.pyenv/versions" >&2
             note "light, Python $minor" "NOT RUN" "no such Python here"
             continue
-        }
-        "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable . &&
-            ring "light, Python $minor" ".venvs/py$minor/bin/python" -m "not train and not integration" ||
-            { failed=1; note "light, Python $minor" "NOT RUN" "FAILED"; }
+        fi
+        if "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable .; then
+            ring "light, Python $minor" ".venvs/py$minor/bin/python" -m "not train and not integration"
+        else
+            broken "light, Python $minor" "no environment"
+        fi
     done
 }
 
 train() {  # only the files that have such tests: the others import what this environment lacks
     local files
+    make --no-print-directory train-env || { broken train "no environment"; return; }
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.train' tests)
     ring train .venvs/train/bin/python -m "train and not integration" "${files[@]}"
 }
 
 integration() {  # its fixtures bring up the cluster and build the images
     if [ "$(id -u)" = 0 ] && ! tests/cluster/install-apptainer.sh; then
-        failed=1
-        note integration "NOT RUN" "FAILED: no Apptainer"
+        broken integration "no Apptainer"
         return
     fi
     ring integration .venvs/hpc/bin/python -m integration tests/integration
@@ -62,7 +65,10 @@ colour=no
 [ ! -t 1 ] || colour=yes
 for name in ${RINGS:-light pythons train integration}; do
     case $name in
-        light | pythons | train | integration) "$name" ;;
+        light) light ;;
+        pythons) pythons ;;
+        train) train ;;
+        integration) integration ;;
         *) echo "there is no ring $name: light pythons train integration" >&2; exit 2 ;;
     esac
 done
