@@ -81,8 +81,7 @@ def check(config: PrepareConfig) -> None:
             )
     if config.eval_rows < 0 or (config.max_samples is not None and config.max_samples < 1):
         raise UsageError("prepare.eval_rows must be 0 or more, and max_samples 1 or more")
-    usable = any(row.messages for row in _read(config, limit=_CHECKED_BYTES))
-    if not usable:
+    if not sum(bool(row.messages) for row in _read(config, limit=_CHECKED_BYTES)):  # reads on after the first good one
         raise UsageError(
             f"no record of {', '.join(config.data)} holds a question with an answer",
             hint="see prepare.format",

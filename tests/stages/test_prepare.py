@@ -42,6 +42,7 @@ def test_check_passes_on_good_data(tmp_path: Path) -> None:
     [
         ("", {}, "holds no record"),
         ("{", {}, "a.jsonl line 1: not valid JSON"),
+        ('{"instruction": "Q", "output": "A"}\n' * 16 + "{", {}, "a.jsonl line 17: not valid JSON"),
         ('{"a": 1}', {}, "unknown form of record"),
         ('{"text": "### Human: Q"}', {}, "a question with an answer"),
         (None, {}, "cannot read"),
