@@ -1,0 +1,418 @@
+"""The job's entry, with real processes: what the payload gets, and what is written of its end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core import rundir
+from hpc.core.rundir import AttemptDir, StageDir
+from hpc.node.enter import Job, alive, process_start
+from hpc.node.launch import Launch
+
+LISTEN = """
+import signal, sys, time
+def note(number, frame):
+    print("got", signal.Signals(number).name, flush=True)
+    if number == {last}: sys.exit({code})
+for number in (signal.SIGUSR2, signal.SIGTERM): signal.signal(number, note)
+print("ready", flush=True)
+while True: time.sleep(0.05)
+"""
+
+
+def listener(last: int, code: int = 85) -> str:
+    """A payload that prints every signal, and leaves at `last`."""
+    return LISTEN.format(last=int(last), code=code)
+
+
+def until(found: Callable[[], Any], what: str, timeout: float = 15) -> Any:
+    """Ask until there is something."""
+    deadline = time.monotonic() + timeout
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.01)
+    return value
+
+
+class Node:
+    """One stage of one run, and `enter` in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stage = StageDir(folder / "run-1" / "second")
+        self.attempt: AttemptDir = self.stage.attempt(1)
+        self.attempt.path.mkdir(parents=True)
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def job(self, code: str, **values: Any) -> Job:
+        launch = Launch(kind="venv", argv=(sys.executable, "-c", code), env={"SET": "yes"}, passes=("SLURM_*", "HF_TOKEN"))
+        usual = {"stage_dir": str(self.stage.path), "attempt": 1, "key": "k", "launch": launch, "mem_gb": 16}
+        return Job(**{**usual, "heartbeat_s": 30, "limit_s": 3600, **values})
+
+    def start(self, job: Job, **env: str) -> subprocess.Popen[str]:
+        file = self.stage.path / "job.pickle"
+        file.write_bytes(pickle.dumps(job))
+        code = f"import pickle; from hpc.node.enter import enter; enter(pickle.load(open({str(file)!r}, 'rb')))"
+        clean = {k: v for k, v in os.environ.items() if k not in {"HF_TOKEN", "HF_HOME", "HF_TOKEN_PATH"}}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**clean, "HOME": str(self.stage.path), "SLURM_JOB_ID": "77", **env},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, job: Job, **env: str) -> int:
+        process = self.start(job, **env)
+        _, self.stderr = process.communicate(timeout=30)
+        return process.returncode
+
+    def ready(self) -> None:
+        """The payload listens."""
+        until(lambda: "ready" in self.stdout, "ready")
+
+    @property
+    def stdout(self) -> str:
+        return self.attempt.stdout.read_text() if self.attempt.stdout.exists() else ""
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        return rundir.read_json(self.attempt.outcome) or {}
+
+    @property
+    def phases(self) -> list[str]:
+        return [e["phase"] for e in rundir.last_events(self.attempt.events)]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path)
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.communicate()
+
+
+def test_payload_that_ends_well_is_completed(node: Node) -> None:
+    assert node.run(node.job("print('out')")) == 0
+    assert node.stdout == "out\n"
+    assert node.phases == ["starting", "done"]
+    assert (node.outcome["state"], node.outcome["exit_code"], node.outcome["job_id"]) == ("COMPLETED", 0, "77")
+    assert node.outcome["schema"] == "hpc.outcome/1"
+    assert node.outcome["started"] <= node.outcome["ended"]
+
+
+def test_exit_code_is_kept_and_passed_on(node: Node) -> None:
+    assert node.run(node.job("import sys; print('bad', file=sys.stderr); sys.exit(7)")) == 7
+    assert (node.outcome["state"], node.outcome["exit_code"]) == ("FAILED", 7)
+    assert node.outcome["log_tail"] == ["bad"]
+    assert node.phases == ["starting", "failed"]
+
+
+def test_signal_of_the_payload_is_told(node: Node) -> None:
+    assert node.run(node.job("import os; os.kill(os.getpid(), 11)")) == 139
+    assert (node.outcome["state"], node.outcome["signal"]) == ("FAILED", "SIGSEGV")
+
+
+def test_program_that_is_not_there_is_an_outcome(node: Node) -> None:
+    launch = Launch(kind="sif", argv=("/none/apptainer",), env={}, passes=())
+    assert node.run(node.job("", launch=launch)) == 1
+    assert node.outcome["cause"].startswith("/none/apptainer could not be started on this node: No such file")
+
+
+def test_payload_sees_only_the_listed_environment(node: Node) -> None:
+    node.run(node.job("import json, os; print(json.dumps(dict(os.environ)))"), MY_OWN="1", PYTHONPATH=os.getcwd())
+    env = json.loads(node.stdout)
+    assert (env["SET"], env["SLURM_JOB_ID"]) == ("yes", "77")
+    assert not {"MY_OWN", "PYTHONPATH"} & set(env)
+
+
+def test_payload_reads_no_input(node: Node) -> None:
+    node.run(node.job("import sys; print(repr(sys.stdin.read()))"))
+    assert node.stdout == "''\n"
+
+
+def test_what_was_started_is_written_down(node: Node) -> None:
+    job = node.job("pass")
+    node.run(job, HF_TOKEN="hf_secret")
+    written = rundir.read_json(node.attempt.launch)
+    assert written is not None
+    assert written["argv"] == list(job.launch.argv)
+    assert written["env"]["HF_TOKEN"] == "(not shown)"
+
+
+@pytest.mark.parametrize("place", ["default", "HF_HOME", "HF_TOKEN_PATH"])
+def test_token_file_of_the_hub_reaches_the_payload_and_no_file(node: Node, tmp_path: Path, place: str) -> None:
+    token, env = {
+        "default": (node.stage.path / ".cache/huggingface/token", {}),
+        "HF_HOME": (tmp_path / "hf" / "token", {"HF_HOME": str(tmp_path / "hf")}),
+        "HF_TOKEN_PATH": (tmp_path / "my-token", {"HF_TOKEN_PATH": str(tmp_path / "my-token")}),
+    }[place]
+    token.parent.mkdir(parents=True, exist_ok=True)
+    token.write_text("hf_secret\n")
+    code = "import hashlib, os; print(hashlib.sha256(os.environ['HF_TOKEN'].encode()).hexdigest())"
+    assert node.run(node.job(code), **env) == 0
+    assert node.stdout.strip() == hashlib.sha256(b"hf_secret").hexdigest()
+    written = [p for p in node.attempt.path.rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]
+    assert written == []
+
+
+# ---- signals
+
+
+def test_usr2_reaches_the_payload_once(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGTERM)))
+    node.ready()
+    for _ in range(3):
+        process.send_signal(signal.SIGUSR2)
+        until(lambda: "got SIGUSR2" in node.stdout, "USR2")
+    process.send_signal(signal.SIGTERM)
+    process.wait(15)
+    assert node.stdout.split() == ["ready", "got", "SIGUSR2", "got", "SIGTERM"]
+
+
+def test_preempted_stage_that_saves_can_be_resumed(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGUSR2)))
+    node.ready()
+    process.send_signal(signal.SIGUSR2)
+    assert process.wait(15) == 85
+    assert (node.outcome["state"], node.outcome["resumable"]) == ("PREEMPTED", True)
+    assert node.outcome["cause"].endswith("and its work was saved")
+
+
+def test_term_leaves_an_outcome_before_the_kill_that_follows(node: Node) -> None:
+    process = node.start(node.job(listener(last=0)))
+    node.ready()
+    process.send_signal(signal.SIGTERM)
+    until(lambda: node.outcome, "a provisional outcome")
+    process.kill()
+    process.wait(15)
+    assert node.outcome["state"] == "CANCELLED"
+
+
+def test_term_after_hpc_cancel_is_known_as_asked_for(node: Node) -> None:
+    node.attempt.stop.write_text("{}")
+    process = node.start(node.job(listener(last=0)))
+    node.ready()
+    process.send_signal(signal.SIGTERM)
+    until(lambda: node.outcome, "a provisional outcome")
+    assert node.outcome["cause"] == "cancelled by hpc cancel"
+
+
+def test_better_end_overwrites_the_provisional_outcome(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGTERM, code=0)))
+    node.ready()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0
+    assert node.outcome["state"] == "COMPLETED"
+
+
+def test_interrupt_is_a_request_to_end(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGTERM)))
+    node.ready()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) == 85
+    assert "got SIGTERM" in node.stdout
+
+
+def test_cont_changes_nothing(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGTERM)))
+    node.ready()
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGTERM)
+    process.wait(15)
+    assert "SIGCONT" not in node.stdout
+    assert node.outcome["state"] == "CANCELLED"
+
+
+def test_payload_ends_with_the_entry_even_by_kill(node: Node) -> None:
+    process = node.start(node.job("import os, time; print('ready', os.getpid(), flush=True); time.sleep(600)"))
+    node.ready()
+    payload = int(node.stdout.split()[1])
+    assert process_start(payload)
+    process.kill()
+    process.wait(15)
+    until(lambda: process_start(payload) is None, "the payload's end")
+
+
+# ---- the time limit, where no scheduler enforces it
+
+
+def test_limit_is_warned_of_and_then_enforced(node: Node) -> None:
+    code = node.run(node.job(listener(signal.SIGTERM), limit_s=2, signal_delay_s=1, enforce=True))
+    assert node.stdout.split() == ["ready", "got", "SIGUSR2", "got", "SIGTERM"]
+    assert code == 85
+    assert (node.outcome["state"], node.outcome["resumable"]) == ("TIMEOUT", True)
+    assert 2 <= node.outcome["ended"] - node.outcome["started"] < 8
+
+
+def test_payload_that_does_not_listen_is_killed_at_the_limit(node: Node) -> None:
+    deaf = (
+        "import signal, time\n"
+        "for number in (signal.SIGUSR2, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    job = node.job(deaf, limit_s=1, signal_delay_s=0, enforce=True)
+    file = node.stage.path / "job.pickle"
+    file.write_bytes(pickle.dumps(job))
+    code = (
+        "import pickle; from hpc.node import enter; enter._GRACE_S = 1\n"
+        f"enter.enter(pickle.load(open({str(file)!r}, 'rb')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=30)
+    assert done.returncode == 137
+    assert (node.outcome["state"], node.outcome["signal"]) == ("TIMEOUT", "SIGKILL")
+
+
+def test_limit_is_left_to_the_scheduler_where_there_is_one(node: Node) -> None:
+    assert node.run(node.job("import time; time.sleep(1.5)", limit_s=1, signal_delay_s=0)) == 0
+    assert node.outcome["state"] == "COMPLETED"
+
+
+# ---- the heartbeat
+
+
+def test_heart_beats_while_the_payload_runs_and_stops_with_it(node: Node) -> None:
+    process = node.start(node.job(listener(signal.SIGTERM), heartbeat_s=1))
+    until(node.attempt.heartbeat.exists, "a first beat")
+    first = node.attempt.heartbeat.stat().st_mtime_ns
+    until(lambda: node.attempt.heartbeat.stat().st_mtime_ns > first, "a second beat")
+    node.ready()
+    process.send_signal(signal.SIGTERM)
+    process.wait(15)
+    assert node.attempt.heartbeat.stat().st_mtime <= node.outcome["ended"] + 0.1
+
+
+# ---- waiting for inputs
+
+
+@pytest.fixture
+def first(node: Node) -> StageDir:
+    """The stage before: submitted, and at work in this very process."""
+    stage = StageDir(node.stage.path.parent / "first")
+    stage.attempt(1).path.mkdir(parents=True)
+    process = {"pid": os.getpid(), "start": process_start(os.getpid())}
+    rundir.write_json(stage.job, {"attempt": 1, "process": process})
+    return stage
+
+
+def waits(node: Node, first: StageDir) -> Job:
+    return replace(node.job("print('ran')"), waits=((str(first.path), "k1"),))
+
+
+def test_waits_until_the_input_has_its_manifest(node: Node, first: StageDir) -> None:
+    process = node.start(waits(node, first))
+    until(lambda: node.phases == ["starting"], "starting")
+    rundir.write_json(first.manifest, {"key": "another"})
+    time.sleep(0.5)  # two looks of the entry: it must not take the other key
+    assert process.poll() is None
+    assert node.stdout == ""
+    rundir.write_json(first.manifest, {"key": "k1"})
+    assert process.wait(15) == 0
+    assert node.stdout == "ran\n"
+
+
+def test_time_limit_does_not_count_the_waiting(node: Node, first: StageDir) -> None:
+    process = node.start(replace(waits(node, first), limit_s=1, signal_delay_s=0, enforce=True))
+    until(lambda: node.phases == ["starting"], "starting")
+    time.sleep(1.2)
+    rundir.write_json(first.manifest, {"key": "k1"})
+    assert process.wait(15) == 0
+
+
+@pytest.mark.parametrize("state", ["FAILED", "TIMEOUT", "CANCELLED"])
+def test_input_that_ended_badly_cancels(node: Node, first: StageDir, state: str) -> None:
+    rundir.write_json(first.attempt(1).outcome, {"state": state})
+    assert node.run(waits(node, first)) == 1
+    assert (node.outcome["state"], node.stdout) == ("CANCELLED", "")
+    assert node.outcome["cause"] == f"its input stage first did not complete ({state})"
+
+
+def test_input_that_was_cancelled_before_it_began_cancels(node: Node, first: StageDir) -> None:
+    rundir.write_json(first.attempt(1).stop, {})
+    node.run(waits(node, first))
+    assert node.outcome["cause"] == "its input stage first did not complete (CANCELLED)"
+
+
+def test_input_whose_process_is_gone_cancels(node: Node, first: StageDir) -> None:
+    rundir.write_json(first.job, {"attempt": 1, "process": {"pid": os.getpid(), "start": "another"}})
+    node.run(waits(node, first))
+    assert node.outcome["cause"] == "its input stage first did not complete (LOST)"
+
+
+def test_input_that_was_never_submitted_cancels(node: Node, first: StageDir) -> None:
+    first.job.unlink()
+    node.run(waits(node, first))
+    assert node.outcome["cause"] == "its input stage first did not complete (NEVER SUBMITTED)"
+
+
+def test_term_while_waiting_is_cancelled(node: Node, first: StageDir) -> None:
+    process = node.start(waits(node, first))
+    until(lambda: node.phases == ["starting"], "starting")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+    assert (node.outcome["state"], node.outcome["cause"]) == ("CANCELLED", "cancelled before it began")
+
+
+# ---- requeued by Slurm
+
+
+def test_requeued_job_keeps_the_earlier_outcomes(node: Node) -> None:
+    for code in (3, 4):
+        node.run(node.job(f"raise SystemExit({code})"))
+    node.run(node.job("pass"))
+    kept = [json.loads((node.attempt.path / f"outcome-{n}.json").read_text())["exit_code"] for n in (0, 1)]
+    assert kept == [3, 4]
+    assert node.outcome["state"] == "COMPLETED"
+
+
+def test_requeued_job_forgets_the_earlier_error(node: Node) -> None:
+    rundir.write_json(node.attempt.error, {"cause": "old", "hint": ""})
+    node.run(node.job("raise SystemExit(9)"))
+    assert node.outcome["cause"] == "the stage ended with exit code 9"
+
+
+def test_requeued_job_appends_to_the_logs(node: Node) -> None:
+    node.run(node.job("print('one')"))
+    node.run(node.job("print('two')"))
+    assert node.stdout == "one\ntwo\n"
+
+
+# ---- which process is which
+
+
+def test_process_is_known_by_number_and_start() -> None:
+    start = process_start(os.getpid())
+    assert start is not None
+    assert alive(os.getpid(), start)
+    assert not alive(os.getpid(), "1")
+
+
+def test_ended_process_is_not_alive_even_before_it_is_reaped() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    until(lambda: process_start(process.pid) is None, "a zombie counts as ended")
+    process.wait()
+
+
+def test_name_with_blanks_and_brackets_is_read(tmp_path: Path) -> None:
+    odd = tmp_path / "a ) b"
+    odd.symlink_to("/bin/sleep")
+    process = subprocess.Popen([odd, "60"])
+    try:
+        until(lambda: (process_start(process.pid) or "").isdigit(), "a start time")
+    finally:
+        process.kill()
+        process.wait()
