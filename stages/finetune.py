@@ -299,15 +299,15 @@ def _watcher(ctx: Context) -> Any:
                 ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
-            if "loss" not in logs:
-                return
-            self.seen = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-            if not math.isfinite(logs["loss"]):
-                raise HpcError(
-                    f"the loss became {logs['loss']} at step {state.global_step}: the training has diverged",
-                    hint="lower finetune.learning_rate, and look for broken rows in the data",
-                )
-            ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
+            for name in ("loss", "train_loss", "eval_loss"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise HpcError(
+                        f"the loss became {logs[name]} at step {state.global_step}: the training has diverged",
+                        hint="lower finetune.learning_rate, and look for broken rows in the data",
+                    )
+            if "loss" in logs:
+                self.seen = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+                ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
 
         def on_prediction_step(self, *_: Any, **__: Any) -> None:
             if ctx.stopping():
@@ -341,10 +341,13 @@ def _train(trainer: Any, evaluate: bool, ctx: Context) -> bool:
             ctx.metric(eval_loss_before=before, eval_loss_after=trainer.evaluate()["eval_loss"])
     except _StopError:
         return False
+    losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    ctx.metric(steps=trainer.state.global_step, train_loss=result.training_loss, trainable_parameters=trainable)
-    ctx.metric(train_seconds=result.metrics["train_runtime"], resumed_from=resumed.name if resumed else None)
-    ctx.metric(losses=[round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry])
+    ctx.metric(steps=trainer.state.global_step, losses=losses)
+    ctx.metric(trainable_parameters=trainable, resumed_from=resumed.name if resumed else None)
+    if losses:
+        ctx.metric(train_loss=sum(losses) / len(losses))
+    ctx.metric(train_seconds=result.metrics["train_runtime"])  # of this attempt
     return True
 
 

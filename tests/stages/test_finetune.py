@@ -124,8 +124,10 @@ def test_a_stop_at_the_last_step_loses_nothing(
 
 
 @pytest.mark.train
-def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
-    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "learning_rate": 1e30})
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Path, logging_steps: int) -> None:
+    config = {**SMALL, "learning_rate": 1e30, "logging_steps": logging_steps}
+    result = run_stage("finetune", inputs(tiny_model, dataset), **config)
     assert result.code == 1
     assert "diverged" in result.error["cause"]
     assert "learning_rate" in result.error["hint"]
