@@ -1,11 +1,13 @@
 # Every target makes what it needs first, and only what is missing.
 #   make PYTHON=/path/to/python3   another Python than the one on PATH, 3.11 to 3.13 for the train environment
-#   make PIP_ARGS=...              options for pip, e.g. --extra-index-url=https://download.pytorch.org/whl/cpu (torch without CUDA)
+#   make PIP_ARGS=--extra-index-url=URL   options for pip, e.g. an index with CPU builds of torch: those are 20 times smaller
 #   make test RINGS="light train" ARGS="-k plan"    some test rings only; options for pytest
 PYTHON ?= python3
 export PYTHON PIP_ARGS RINGS ARGS
 unexport HPC_CONFIG HPC_SITE HPC_RUNS
 BIN := .venvs/hpc/bin
+NEED = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, $(1)) and \
+    "error: $(PYTHON) is Python %d.%d, needed is 3.$(1) or newer: make PYTHON=/path/to/python3" % v)'
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,9 +30,11 @@ docs: setup  ## write docs/cli.md anew, check the links
 	@$(BIN)/python tools/docs.py
 
 setup:  ## .venvs/hpc: hpc from this checkout, and the tools of its development
+	@$(call NEED,10)
 	@$(PYTHON) tools/venv.py .venvs/hpc requirements-dev.txt --editable .
 
 train-env:  ## .venvs/train: torch, transformers, trl, peft
+	@$(call NEED,11)
 	@$(PYTHON) tools/venv.py .venvs/train containers/train.requirements.txt tests/requirements-train.txt
 
 clean:  ## forget the environments, caches and the demo's runs; its model and data stay

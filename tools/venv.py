@@ -2,7 +2,7 @@
 
     python3 tools/venv.py FOLDER REQUIREMENTS... [--editable DIR]
 
-PIP_ARGS in the environment goes to pip, e.g. --extra-index-url=https://download.pytorch.org/whl/cpu.
+PIP_ARGS in the environment goes to pip, e.g. --extra-index-url=URL for an index with CPU builds of torch.
 
 Standard library only, and it must work on a bare Debian: its python3 comes without pip and without what
 `python3 -m venv` wants for one. An ordinary user can still fetch Debian's own pip, as a file.
@@ -56,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make(folder: Path, requirements: Sequence[Path], editable: Path | None) -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 - the Python that starts this may be any
-        raise Problem(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.11")
     begin = time.monotonic()
     with locked(folder):
         wanted = digest(folder, requirements, editable)
