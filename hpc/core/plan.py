@@ -261,9 +261,7 @@ def _source(
     return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
 
 
-def _given_before(
-    name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]
-) -> str | None:
+def _given_before(name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
     """What an earlier stage was given as its input of the same name: merge takes finetune's base_model."""
     for earlier in reversed(order[: order.index(before)]):
         wanted = wishes[earlier].stage.consumes.get(name)

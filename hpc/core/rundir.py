@@ -234,6 +234,7 @@ def tail(path: Path, size: int = 8192) -> list[str]:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - size))
-            return file.read().decode("utf-8", "replace").splitlines()
+            lines = file.read().decode("utf-8", "replace").split("\n")  # splitlines() also splits inside a JSON text
+            return lines[:-1] if lines[-1] == "" else lines
     except FileNotFoundError:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,11 @@ _NEVER_MIN = 60 * 24 * 365
 """submitit's own local time limit would count the waiting for inputs: the node enforces the stage's."""
 
 
+PICKLE = "job.pkl"
+"""The job's own copy of what submitit pickles. submitit gives its copy the job's name only after sbatch has answered:
+where that answer is lost, or `hpc` is killed, the job would wait for it in vain."""
+
+
 def script(placed: Placed, dependency: str | None) -> str:
     """The batch script, byte for byte as `submit_slurm` gives it to sbatch."""
     executor = _slurm_executor(placed, dependency)
@@ -27,9 +33,11 @@ def script(placed: Placed, dependency: str | None) -> str:
 
 def submit_slurm(placed: Placed, dependency: str | None, user: str) -> str:
     """Queue the stage; the job's id. RuntimeUnavailable with Slurm's words where sbatch refuses."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
     executor = _slurm_executor(placed, dependency)
+    placed.scheduler_dir.mkdir(parents=True, exist_ok=True)
+    DelayedSubmission(enter, placed.job).dump(placed.scheduler_dir / PICKLE)
     try:
         with _environment(slurm.program_env(os.environ)), contextlib.redirect_stderr(io.StringIO()):
             return str(executor.submit(enter, placed.job).job_id)
@@ -77,7 +85,10 @@ def _slurm_executor(placed: Placed, dependency: str | None) -> Any:
 
     executor = Executor(folder=placed.scheduler_dir, python=placed.python)
     executor._throttling = 0  # it would wait 0.2 s before each submission
-    executor.update_parameters(**placed.batch, **({"dependency": dependency} if dependency else {}))
+    named = shlex.quote(str(placed.scheduler_dir)) + "/${SLURM_JOB_ID}_submitted.pkl"
+    setup = [*placed.batch["setup"], f"ln -s {PICKLE} {named} 2>/dev/null || true"]
+    parameters = {**placed.batch, "setup": setup, **({"dependency": dependency} if dependency else {})}
+    executor.update_parameters(**parameters)
     return executor
 
 

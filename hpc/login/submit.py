@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -52,9 +53,9 @@ class Submission:
         return state is not None and (state.active or state.state == "COMPLETED")
 
     def dependency(self, placed: Placed, ids: Mapping[str, str]) -> str | None:
-        """Slurm's --dependency for the stages that it waits for; a missing id stays a placeholder."""
+        """Slurm's --dependency for the stages that it waits for; @STAGE stands for an id that isn't known yet."""
         waiting = [n for n in placed.planned.needs if n not in self.reused and not self._done(n)]
-        return "afterok:" + ":".join(ids.get(n, f"<{n}>") for n in waiting) if waiting else None
+        return "afterok:" + ":".join(ids.get(n, f"@{n}") for n in waiting) if waiting else None
 
     def _done(self, name: str) -> bool:
         state = self.standing.get(name)
@@ -202,6 +203,8 @@ def _write_run(work: Submission, settings: Settings) -> None:
             part.path.rename(run.path)
         except OSError as error:
             shutil.rmtree(part.path, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UsageError(
                 f"the run folder {run.path} cannot be written: {error.strerror}",
                 hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder of yours that the nodes see too",

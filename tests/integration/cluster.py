@@ -101,8 +101,8 @@ class Cluster:
     ) -> subprocess.Popen[str]:
         """Start argv as the user on a node, in a process group of its own; options are Popen's."""
         account = pwd.getpwnam(user)
-        place = ("nsenter", f"--net=/run/netns/{node}", f"--uts=/run/hpc-cluster-uts/{node}", "--")
-        person = ("setpriv", f"--reuid={user}", f"--regid={account.pw_gid}", "--init-groups", "--")
+        place = ("/usr/bin/nsenter", f"--net=/run/netns/{node}", f"--uts=/run/hpc-cluster-uts/{node}", "--")
+        person = ("/usr/bin/setpriv", f"--reuid={user}", f"--regid={account.pw_gid}", "--init-groups", "--")
         clean = {"HOME": account.pw_dir, "USER": user, "LOGNAME": user, "PATH": PATH, "LANG": "C.UTF-8"}
         return subprocess.Popen(  # nsenter and setpriv exec: the pid is argv's own
             (*place, *person, *argv),

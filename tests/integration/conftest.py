@@ -15,7 +15,7 @@ import pytest
 from tests.support import probe
 
 from .cluster import Cluster
-from .project import SITE, Project
+from .project import SITE, Project, jobs
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
@@ -109,16 +109,18 @@ def probes(hpc_install: Path) -> list[str]:
 
 
 @pytest.fixture
-def project(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path, probes: list[str]) -> Project:
+def project(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path, probes: list[str]) -> Iterator[Project]:
     """A project whose pipeline is the probe stages, in the small image."""
     made = Project(cluster, workdir, hpc_install)
     made.write("sites/slurm-test.toml", SITE.format(images=base_sif.parent))
     made.write(
         "hpc.toml",
-        f'site = "slurm-test"\n[environments]\ntrain = "{base_sif}"\n'
-        f'[pipeline]\nstages = {probes}\n'.replace("'", '"'),
+        f'site = "slurm-test"\n[environments]\ntrain = "{base_sif}"\n[pipeline]\nstages = {probes}\n'.replace("'", '"'),
     )
-    return made
+    yield made
+    left = jobs(made, "%i")
+    if left:
+        cluster.run("alice", "scancel", *left)
 
 
 @pytest.fixture(scope="session")

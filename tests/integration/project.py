@@ -64,7 +64,9 @@ class Project:
         rows = self.json("status", *([run] if run else []))["stages"]
         return {row["stage"]: row for row in rows}
 
-    def until(self, wanted: Callable[[dict[str, dict[str, Any]]], bool], run: str = "", timeout: float = 60) -> dict[str, dict[str, Any]]:  # fmt: skip
+    def until(
+        self, wanted: Callable[[dict[str, dict[str, Any]]], bool], run: str = "", timeout: float = 60
+    ) -> dict[str, dict[str, Any]]:
         """Ask for the states until they are as wanted; AssertionError with the last ones where they never are."""
         deadline = time.monotonic() + timeout
         while True:
@@ -73,3 +75,10 @@ class Project:
                 return found
             assert time.monotonic() < deadline, found
             time.sleep(0.3)
+
+
+def jobs(project: Project, form: str = "%k") -> list[str]:
+    """The project's jobs that wait or run, by their comments."""
+    found = project.cluster.run("alice", "squeue", "-h", "-u", "alice", "-t", "PD,R", "-o", f"%Z|{form}").stdout
+    lines = (line.partition("|") for line in found.splitlines())
+    return [rest for folder, _, rest in lines if Path(folder).is_relative_to(project.folder)]
