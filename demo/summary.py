@@ -35,7 +35,7 @@ def main() -> int:
         for name, output in manifest.get("outputs", {}).items():
             print(f"  {stage + ' ' + name:18}{output['path']}")
     print("""
-Next, after  cd demo && . ../.venvs/hpc/bin/activate
+Next, after  cd demo && . ../.venvs/hpc/bin/activate && export HPC_SITE_VENVS=$PWD/../.venvs
   hpc status                                 every run, and where it stands
   hpc logs finetune                          what the training printed
   hpc plan --set finetune.max_steps=120      what would run again, and what would not
@@ -49,7 +49,7 @@ def result(runs: RunsDir, row: StageState) -> dict[str, Any]:
 
 
 def answer(title: str, text: str) -> None:
-    print(f"\n{title}:\n{textwrap.indent(textwrap.fill(text, 100), '  ')}")
+    print(f"\n{title}:\n{textwrap.indent(textwrap.fill(" ".join(text.split()), 100), '  ')}")
 
 
 if __name__ == "__main__":
