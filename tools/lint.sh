@@ -11,8 +11,8 @@ check ruff format --check --quiet .
 check mypy
 check python tools/docs.py --check
 if command -v shellcheck >/dev/null; then
-    mapfile -t scripts < <(git grep -lE '^#!/usr/bin/env bash|^# shellcheck shell=bash' || true)
-    check shellcheck --external-sources "${scripts[@]}"
+    mapfile -t scripts < <(find . -name .venvs -prune -o -name '*.sh' -print)
+    check shellcheck --external-sources .ci/run "${scripts[@]}"
 else
     echo "SHELL SCRIPTS NOT CHECKED: shellcheck is not installed" >&2
 fi

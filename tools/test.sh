@@ -8,7 +8,7 @@
 # RINGS: some of them.  ARGS: options for pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-read -ra args <<<"${ARGS:-}"
+mapfile -t args < <(xargs -rn1 printf '%s\n' <<<"${ARGS:-}")        # xargs reads quotes as a shell does
 ends=()
 failed=0
 
