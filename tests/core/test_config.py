@@ -14,7 +14,7 @@ from hpc.core.config import canonical, decode, encode, key_of
 class Everything:
     """One field of each kind that a config may have."""
 
-    text: str = "한글 \"quoted\" \\ \n"
+    text: str = '한글 "quoted" \\ \n'
     whole: int = -3
     number: float = 2e-4
     flag: bool = True

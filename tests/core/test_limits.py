@@ -44,7 +44,9 @@ def test_partition_that_is_down_is_refused() -> None:
 
 
 def test_without_a_partition_the_default_one_counts() -> None:
-    error = refusal(Resources(time_min=60), site(partition=None), partition("debug", default=True, time_min=30), partition())
+    error = refusal(
+        Resources(time_min=60), site(partition=None), partition("debug", default=True, time_min=30), partition()
+    )
     assert "partition 'debug' allows 30 min" in error.message
 
 
@@ -54,7 +56,11 @@ def test_without_a_partition_and_a_default_nothing_is_refused() -> None:
 
 def test_time_above_the_limit_names_the_longer_partitions() -> None:
     error = refusal(
-        Resources(time_min=60), site(), partition(time_min=30), partition("long", time_min=600), partition("off", up=False)
+        Resources(time_min=60),
+        site(),
+        partition(time_min=30),
+        partition("long", time_min=600),
+        partition("off", up=False),
     )
     assert "asks for 60 min, but partition 'batch' allows 30 min" in error.message
     assert error.hint == "--time 30 or less, or another --partition (long)"

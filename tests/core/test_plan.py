@@ -68,7 +68,9 @@ def test_nearest_producer_ahead_is_taken() -> None:
 
 
 def test_paths_in_the_config_become_absolute() -> None:
-    made = planned([wish(make("prepare"), data=("a.jsonl", "b.jsonl"))], ["prepare"], files={"a.jsonl": "", "b.jsonl": ""})
+    made = planned(
+        [wish(make("prepare"), data=("a.jsonl", "b.jsonl"))], ["prepare"], files={"a.jsonl": "", "b.jsonl": ""}
+    )
     assert made.stages[0].config.data == ("/project/a.jsonl", "/project/b.jsonl")
 
 
@@ -173,9 +175,7 @@ def refusal(wishes: Sequence[Wish], wanted: str, site: Site = SLURM, **facts: An
 def test_no_producer_is_refused() -> None:
     error = refusal([wish(make("finetune", consumes={"dataset": "dataset"}))], "finetune")
     assert isinstance(error, Refused)
-    assert error.message == (
-        "finetune needs a dataset as 'dataset', and no stage before it in the pipeline makes one"
-    )
+    assert error.message == ("finetune needs a dataset as 'dataset', and no stage before it in the pipeline makes one")
     assert "finetune.dataset" in error.hint
 
 
@@ -232,9 +232,9 @@ def test_check_of_the_stage_sees_absolute_paths_and_may_refuse() -> None:
 
 
 def test_limits_of_the_partition_are_asked_for_each_stage() -> None:
+    first, second, third = chain()
+    wishes = [wish(first), wish(second), wish(third, resources={"time_min": 100})]
     with pytest.raises(Refused, match="merge asks for 100 min"):
-        first, second, third = chain()
-        wishes = [wish(first), wish(second), wish(third, resources={"time_min": 100})]
         planned(wishes, partitions={"batch": partition(time_min=90)})
 
 

@@ -23,7 +23,7 @@ def no_own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Load:
-    """settings(hpc.toml text, --set …, env=…, site=…): loaded from a project folder."""
+    """Call it with the text of hpc.toml and with texts for --set: the settings of such a project."""
 
     def made(
         toml: str = "", *assignments: str, env: Mapping[str, str] | None = None, files: Mapping[str, str] | None = None,
@@ -76,7 +76,7 @@ def test_hpc_config_names_another_file(tmp_path: Path) -> None:
 
 
 def test_hpc_config_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot read .*none.toml: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*none.toml: No such file"):
         locate({"HPC_CONFIG": str(tmp_path / "none.toml")}, tmp_path)
 
 
@@ -115,10 +115,13 @@ def test_nothing_set_is_all_defaults(settings: Load) -> None:
 
 
 def test_file_beats_default_environment_beats_file_and_flag_beats_all(settings: Load) -> None:
-    toml, env = "[finetune]\nlora_r = 1\nlora_alpha = 1\nepochs = 1\n", {
-        "HPC_FINETUNE_LORA_ALPHA": "2",
-        "HPC_FINETUNE_EPOCHS": "2",
-    }
+    toml, env = (
+        "[finetune]\nlora_r = 1\nlora_alpha = 1\nepochs = 1\n",
+        {
+            "HPC_FINETUNE_LORA_ALPHA": "2",
+            "HPC_FINETUNE_EPOCHS": "2",
+        },
+    )
     found = settings(toml, "finetune.epochs=3", env=env)
     finetune = config(found, "finetune")
     assert (finetune.lora_r, finetune.lora_alpha, finetune.epochs, finetune.seed) == (1, 2, 3, 0)

@@ -211,10 +211,18 @@ COMPLAINTS = [
         "this cluster has no such partition",
         "--partition",
     ),
-    (f"{BATCH}Requested node configuration is not available", "no node of this partition has what is asked for", "sinfo"),
+    (
+        f"{BATCH}Requested node configuration is not available",
+        "no node of this partition has what is asked for",
+        "sinfo",
+    ),
     (f"{BATCH}Invalid generic resource (gres) specification", "this cluster has no such gres", "gres"),
     (
-        f"sbatch: error: Memory specification can not be satisfied\n{BATCH}Requested node configuration is not available",
+        (
+            f"{BATCH}Requested node configuration is not available",
+            "no node of this partition has what is asked for",
+            "sinfo",
+        ),
         "no node of this partition has what is asked for",
         "sinfo",
     ),
@@ -244,7 +252,7 @@ COMPLAINTS = [
     ("slurm_load_partitions: Unable to contact slurm controller (connect failure)", "Slurm's controller", "try again"),
     (f"{BATCH}Socket timed out on send/recv operation", "Slurm's controller cannot be reached", "try again"),
     (
-        'sbatch: error: If munged is up, restart with --num-threads=10\nsbatch: error: Munge encode failed: Failed to'
+        "sbatch: error: If munged is up, restart with --num-threads=10\nsbatch: error: Munge encode failed: Failed to"
         ' access "/run/munge/munge.socket.2": No such file or directory (Did you start munged?)\n'
         f"{BATCH}Protocol authentication error",
         "Slurm refuses to authenticate this machine",
@@ -268,7 +276,9 @@ COMPLAINTS = [
 ]
 
 
-@pytest.mark.parametrize(("stderr", "said", "hint"), COMPLAINTS, ids=[c[0].rpartition(": ")[2][:40] for c in COMPLAINTS])
+@pytest.mark.parametrize(
+    ("stderr", "said", "hint"), COMPLAINTS, ids=[c[0].rpartition(": ")[2][:40] for c in COMPLAINTS]
+)
 def test_complaint_is_told_in_our_words_and_slurms(stderr: str, said: str, hint: str) -> None:
     error = failure("sbatch", stderr)
     assert isinstance(error, RuntimeUnavailable)

@@ -62,7 +62,9 @@ class World:
     def shows(self, state: str, job_id: str = "7", reason: str = "None", **values: Any) -> None:
         """squeue has the job in this state."""
         usual = {"start": NOW, "node": "dgx01", "comment": "hpc:pipeline-1/first", **values}
-        self.queue.append(f"{job_id}|{state}|{reason}|{usual['start']}|{NOW}|1:00:00|{usual['node']}|{usual['comment']}")
+        self.queue.append(
+            f"{job_id}|{state}|{reason}|{usual['start']}|{NOW}|1:00:00|{usual['node']}|{usual['comment']}"
+        )
 
     def accounts(self, state: str, job_id: str = "7", submit: int = NOW, start: str = str(NOW)) -> None:
         """sacct has the job in this state."""

@@ -17,7 +17,13 @@ class Terminal(io.StringIO):
 
 
 def state(**values: object) -> StageState:
-    usual: dict[str, object] = {"run": "pipeline-1", "stage": "first", "state": "RUNNING", "key": "k", "scheduler": "slurm"}
+    usual: dict[str, object] = {
+        "run": "pipeline-1",
+        "stage": "first",
+        "state": "RUNNING",
+        "key": "k",
+        "scheduler": "slurm",
+    }
     return StageState(**{**usual, **values})  # type: ignore[arg-type]
 
 

@@ -57,7 +57,9 @@ class Node:
         self.processes: list[subprocess.Popen[str]] = []
 
     def job(self, code: str, **values: Any) -> Job:
-        launch = Launch(kind="venv", argv=(sys.executable, "-c", code), env={"SET": "yes"}, passes=("SLURM_*", "HF_TOKEN"))
+        launch = Launch(
+            kind="venv", argv=(sys.executable, "-c", code), env={"SET": "yes"}, passes=("SLURM_*", "HF_TOKEN")
+        )
         usual = {"stage_dir": str(self.stage.path), "attempt": 1, "key": "k", "launch": launch, "mem_gb": 16}
         return Job(**{**usual, "heartbeat_s": 30, "limit_s": 3600, **values})
 
@@ -412,7 +414,8 @@ def test_name_with_blanks_and_brackets_is_read(tmp_path: Path) -> None:
     odd.symlink_to("/bin/sleep")
     process = subprocess.Popen([odd, "60"])
     try:
-        until(lambda: (process_start(process.pid) or "").isdigit(), "a start time")
+        until(lambda: process_start(process.pid) is not None, "a start time")
+        assert (process_start(process.pid) or "").isdigit()
     finally:
         process.kill()
         process.wait()

@@ -52,7 +52,16 @@ def test_path_that_is_bound_twice_is_mounted_once_and_the_last_wish_counts() -> 
 
 @pytest.mark.parametrize(
     "path",
-    ["/plain", "/with,comma", '/with"quote', "/with:colon", "/with space", "/한글/데이터", "/all, of:it \"'한글", "/=x,ro"],
+    [
+        "/plain",
+        "/with,comma",
+        '/with"quote',
+        "/with:colon",
+        "/with space",
+        "/한글/데이터",
+        "/all, of:it \"'한글",
+        "/=x,ro",
+    ],
 )
 @pytest.mark.parametrize("writable", [True, False])
 def test_mount_is_one_csv_record_that_gives_the_path_back(path: str, writable: bool) -> None:
