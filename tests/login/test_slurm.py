@@ -218,11 +218,8 @@ COMPLAINTS = [
     ),
     (f"{BATCH}Invalid generic resource (gres) specification", "this cluster has no such gres", "gres"),
     (
-        (
-            f"{BATCH}Requested node configuration is not available",
-            "no node of this partition has what is asked for",
-            "sinfo",
-        ),
+        "sbatch: error: Memory specification can not be satisfied\n"
+        f"{BATCH}Requested node configuration is not available",
         "no node of this partition has what is asked for",
         "sinfo",
     ),
