@@ -30,6 +30,11 @@ class Resources:
     time_min: int = 60
     """Time limit, minutes."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs on all nodes."""
+        return self.nodes * self.gpus_per_node
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Literal
 
@@ -91,18 +91,16 @@ def _scheduler(settings: Settings) -> Iterator[Check]:
         return
     yield _asked("slurm", lambda: slurm.run(["sinfo", "--version"]).strip())
     yield _asked("partitions", lambda: ", ".join(slurm.partitions()))
-    accounting = _asked(
-        "accounting",
-        lambda: (slurm.run(["sacct", "-n", "-X", "-o", "JobID", "-S", "now"]) and "answers") or "answers",
-    )
+    accounting = _asked("accounting", _accounting)
     if accounting.verdict == "missing":
-        accounting = Check(
-            what="accounting",
-            verdict="warning",
-            found=accounting.found,
-            hint="outcomes come from the run folders instead",
-        )
+        hint = "outcomes come from the run folders instead"
+        accounting = replace(accounting, verdict="warning", hint=hint)
     yield accounting
+
+
+def _accounting() -> str:
+    slurm.run(["sacct", "-n", "-X", "-o", "JobID", "-S", "now"])
+    return "answers"
 
 
 def _environments(settings: Settings) -> Iterator[Check]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from hpc.core import config as configs
@@ -73,6 +73,20 @@ def venv_digest(folder: Path) -> str:
     """A venv counts by the names and versions that are installed in it."""
     found = sorted(p.name for p in folder.glob("lib/python*/site-packages/*.dist-info"))
     return configs.key_of(found)
+
+
+def link_targets(paths: Iterable[str]) -> tuple[str, ...]:
+    """The folders outside that the links in these folders lead to: a model in the hub's cache is a folder of links.
+
+    A container that sees only the folder itself would find them broken.
+    """
+    targets: dict[str, None] = {}
+    for folder in (p for p in map(Path, paths) if p.is_dir()):
+        for entry in folder.iterdir():
+            target = entry.resolve()
+            if entry.is_symlink() and folder.resolve() not in target.parents:
+                targets[str(target.parent)] = None
+    return tuple(targets)
 
 
 def container_program(site: Site) -> str:

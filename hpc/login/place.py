@@ -60,6 +60,8 @@ class Ground:
     cache: Path
     hub_home: str | None
     """The user's own HF_HOME."""
+    links: tuple[str, ...] = ()
+    """Folders that the inputs lead to by symbolic links."""
 
 
 def place(plan: Plan, ground: Ground) -> tuple[Placed, ...]:
@@ -159,7 +161,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     binds += [
         launch.Bind(path, writable=True) for path in (*([ground.hub_home] if ground.hub_home else []), *site.binds)
     ]
-    binds += [launch.Bind(path) for path in reads if not path.startswith(f"{run.path}/")]
+    binds += [launch.Bind(path) for path in (*reads, *ground.links) if not path.startswith(f"{run.path}/")]
     return launch.container(
         program=ground.program,
         image=planned.environment.path,

@@ -134,6 +134,9 @@ class Work:
         there = [f"{p.name} ({self.action(p)})" for p in work.placed if p not in work.todo]
         if there:
             print(f"{work.run.id}: nothing to do for {', '.join(there)}", file=out)
+            seconds, gpu_seconds = work.saved()
+            if seconds >= 1:
+                print(f"saved: {view.clock(seconds)} of work, {gpu_seconds / 3600:.2f} GPU-hours", file=out)
         if work.todo and not waited:
             print(f"{work.run.id}: {', '.join(p.name for p in work.todo)} submitted", file=out)
             print(

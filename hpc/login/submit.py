@@ -19,7 +19,7 @@ from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageErro
 from hpc.core.plan import Plan
 from hpc.core.rundir import RunDir, RunsDir, StageDir
 from hpc.login import batch, slurm, snapshot
-from hpc.login.facts import container_program
+from hpc.login.facts import container_program, link_targets
 from hpc.login.place import Ground, Placed, place
 from hpc.login.settings import Settings
 from hpc.login.states import NOT_SUBMITTED, Scheduler, StageState, states
@@ -61,6 +61,18 @@ class Submission:
         state = self.standing.get(name)
         return state is not None and state.state == "COMPLETED"
 
+    def saved(self) -> tuple[float, float]:
+        """(seconds, GPU seconds) that stages which are done need not run again."""
+        seconds = gpu_seconds = 0.0
+        for placed in self.placed:
+            folder = self.reused.get(placed.name) or (placed.stage_dir if self._done(placed.name) else None)
+            manifest = rundir.read_json(folder.manifest) if folder else None
+            if manifest is not None:
+                spent = manifest["ended"] - manifest["started"]
+                seconds += spent
+                gpu_seconds += spent * placed.planned.resources.gpus
+        return seconds, gpu_seconds
+
     def known_ids(self) -> dict[str, str]:
         return {name: s.job_id for name, s in self.standing.items() if s.active}
 
@@ -101,6 +113,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
         program=container_program(settings.site) if uses_images else "",
         cache=runs.cache,
         hub_home=os.environ.get("HF_HOME"),
+        links=link_targets(path for p in plan.stages for path in p.reads),
     )
     return Submission(
         plan=plan,
@@ -191,6 +204,8 @@ def _result_of(folder: StageDir, runs: RunsDir) -> StageDir:
 def _write_run(work: Submission, settings: Settings) -> None:
     """The run folder up to the first job. A new one appears whole: made aside, then renamed."""
     run = work.run
+    with suppress(OSError):  # an unwritable folder is told of below
+        RunsDir(run.path.parent).cache.mkdir(parents=True, exist_ok=True)
     if work.is_new:
         git, patch = snapshot.git_state(settings.project.root)
         part = RunDir(run.path.with_name(f".{run.id}.{os.getpid()}.part"))

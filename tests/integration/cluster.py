@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shlex
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -38,6 +39,12 @@ class Cluster:
     def down(self) -> None:
         """Take it down, with all that runs on it."""
         self._script("cluster.sh", "down")
+
+    def forget_jobs(self) -> None:
+        """While it is down: the controller loses its state, and will number its jobs from 1 again."""
+        for state in self.dir.glob("state-*"):
+            for entry in state.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def is_up(self) -> bool:
         """Whether its controller runs and answers."""
