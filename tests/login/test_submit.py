@@ -114,7 +114,7 @@ class Cluster:
     @property
     def runs(self) -> list[str]:
         folder = self.folder / "runs"
-        return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+        return sorted({p.name for p in folder.iterdir()} - {".cache"}) if folder.exists() else []
 
 
 @pytest.fixture
