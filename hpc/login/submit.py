@@ -220,6 +220,10 @@ def _write_run(work: Submission, settings: Settings) -> None:
             shutil.rmtree(part.path, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise HpcError(
+                    f"another hpc submit made {run.id} at this moment", hint="the same command again"
+                ) from error
             raise UsageError(
                 f"the run folder {run.path} cannot be written: {error.strerror}",
                 hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder of yours that the nodes see too",

@@ -23,6 +23,8 @@ STATE_STYLE = {
 }
 
 Row = Sequence[str]
+_LAST_COLUMN = 20
+"""The least width of a table's last column, whose text may wrap."""
 
 
 def status(rows: Sequence[StageState], out: IO[str] = sys.stdout) -> None:
@@ -68,7 +70,11 @@ def table(
         if style is not None and 0 <= styled < len(row):
             cells[styled] = Text(row[styled], style=style(row))
         drawn.add_row(*cells)
-    Console(file=out).print(drawn)
+    console = Console(file=out)
+    if rows:  # a narrow terminal breaks the lines itself: rich would cut the ids
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        console.width = max(console.width, sum(widths[:-1]) + 2 * len(widths) + _LAST_COLUMN)
+    console.print(drawn)
 
 
 def plain(headings: Row, rows: Sequence[Row], out: IO[str]) -> None:
