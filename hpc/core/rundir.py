@@ -58,6 +58,11 @@ class AttemptDir:
         return self.path / "heartbeat"
 
     @property
+    def reserve(self) -> Path:
+        """Some bytes that are given back before the outcome is written, so that a full disk can't hide it."""
+        return self.path / "reserve"
+
+    @property
     def stop(self) -> Path:
         """Written by `hpc cancel`: the end that follows was asked for."""
         return self.path / "cancelled.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from hpc.node import memory, outcome
 from hpc.node.launch import Launch, process_env, without_secrets
 
 _POLL_S = 0.2
+_RESERVE = 1 << 16
+"""Bytes kept for the outcome."""
 _GRACE_S = 10
 """Between SIGTERM and SIGKILL at the time limit."""
 
@@ -49,13 +51,15 @@ def enter(job: Job) -> None:
     _keep_earlier_outcome(attempt)
     watch = _Watch(job, attempt)
     watch.listen()
-    rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
+    watch.reserve()
     try:
+        rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
         result = _run(job, attempt, watch)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.record(result)
-    rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
+    with contextlib.suppress(OSError):  # the outcome is what counts
+        rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
     if result.state != "COMPLETED":
         sys.exit(result.exit_code or 1)
 
@@ -86,7 +90,13 @@ class _Watch:
         elapsed = time.time() - self.started
         return outcome.asked_to_end(tuple(self.signals), elapsed, self._job.limit_s, self._job.signal_delay_s)
 
+    def reserve(self) -> None:
+        """Keep some room for the outcome: a stage that fills the disk must not take the record of that with it."""
+        with contextlib.suppress(OSError):
+            self._attempt.reserve.write_bytes(bytes(_RESERVE))
+
     def record(self, result: outcome.Outcome) -> None:
+        self._attempt.reserve.unlink(missing_ok=True)
         document = {
             "schema": "hpc.outcome/1",
             **asdict(result),
@@ -136,6 +146,7 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         asked=watch.asked(),
         oom_kills=memory.kills() - before,
         mem_gb=job.mem_gb,
+        disk_full=_disk_full(attempt.path),
     )
 
 
@@ -199,7 +210,7 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _heartbeat(path: Path, every_s: int) -> Iterator[None]:
     """Touch the file now and then while the payload runs, so that a dead node can be told from a slow one."""
     ended = threading.Event()
@@ -228,6 +239,11 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+
+
+def _disk_full(path: Path) -> bool:
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize < _RESERVE
 
 
 def _die_with_us() -> None:

@@ -39,6 +39,7 @@ def classify(
     asked: Outcome | None,
     oom_kills: int,
     mem_gb: int,
+    disk_full: bool = False,
 ) -> Outcome:
     """The outcome of a payload that returned `code` (negative: ended by that signal).
 
@@ -67,6 +68,8 @@ def classify(
     if asked is not None and said is None:
         saved = ", and its work was saved" if code == STOPPED else ""
         return replace(end, state=asked.state, cause=asked.cause + saved, hint=asked.hint, resumable=asked.resumable)
+    if disk_full:
+        return replace(end, cause=_FULL, hint="make room, then submit again: what is done stays done")
     if said is not None:
         return replace(end, cause=said["cause"], hint=said["hint"] or _hint(lines))
     if launch.kind == "sif" and code == _CONTAINER_FAILED and (fatal := _fatal(lines)):
@@ -101,7 +104,7 @@ def could_not_start(program: str, error: OSError) -> Outcome:
         return Outcome(
             state="FAILED",
             exit_code=1,
-            cause=f"no space is left on the disk that holds {error.filename or 'the run'}",
+            cause=_FULL,
             hint="make room, then submit again: what is done stays done",
         )
     return Outcome(
@@ -137,12 +140,14 @@ def _fatal(lines: list[str]) -> str:
     return found[-1].partition("FATAL:")[2].strip() if found else ""
 
 
+_FULL = "no space is left on the disk that holds the run"
+
 _HINTS = (
     (
         r"CUDA out of memory|OutOfMemoryError",
         "the GPU's memory is full: a smaller batch_size, max_length or qlora",
     ),
-    (r"No space left on device", "the disk is full: make room, then submit again"),
+    (r"No space left on device|Disk quota exceeded", "the disk is full: make room, then submit again"),
     (r"ModuleNotFoundError", "the environment lacks a package: is it the image that the stage names?"),
     (r"CUDA driver version is insufficient|no kernel image is available", "image and GPU driver do not fit"),
     (r"Transport endpoint is not connected", "the image's mount was lost, mostly by a signal to its helper"),

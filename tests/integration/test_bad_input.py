@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -139,23 +139,37 @@ def test_no_apptainer_on_the_login_node_queues_nothing(project: Project) -> None
     assert jobs(project) == []
 
 
-def test_disk_full_while_submitting(project: Project) -> None:
+@pytest.fixture
+def small_disk(project: Project) -> Iterator[Callable[[str], None]]:
+    """The runs folder on a file system of its own, whose size can be set."""
     runs = project.folder / "runs"
     runs.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k,mode=0777", "tmpfs", runs], check=True)
-    try:
-        done = project.hpc("submit", "pipeline", check=False)
-        assert done.returncode == 1, done.stderr
-        assert "no space left" in done.stderr
-        assert "make room" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert jobs(project) == []
-        assert [p.name for p in runs.iterdir() if p.name != ".cache"] == []
-        subprocess.run(["mount", "-o", "remount,size=64m", runs], check=True)
-        project.hpc("submit", "pipeline", "--set", "site.partition=batch")
-        project.hpc("cancel")
-    finally:
-        subprocess.run(["umount", "-l", runs], check=True)
+    yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", runs], check=True) and None
+    subprocess.run(["umount", "-l", runs], check=True)
+
+
+def test_disk_full_while_submitting(project: Project, small_disk: Callable[[str], None]) -> None:
+    done = project.hpc("submit", "pipeline", check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no space left" in done.stderr
+    assert "make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert jobs(project) == []
+    assert [p.name for p in (project.folder / "runs").iterdir() if p.name != ".cache"] == []
+    small_disk("64m")
+    project.hpc("submit", "pipeline")
+    project.hpc("cancel")
+
+
+def test_disk_full_while_a_stage_writes(project: Project, small_disk: Callable[[str], None]) -> None:
+    small_disk("3m")
+    done = project.hpc("submit", "first", "--set", "first.write_mb=9", "--wait", check=False)
+    assert done.returncode == 1, done.stderr
+    assert "no space is left" in done.stderr
+    assert "make room" in done.stderr
+    small_disk("64m")
+    project.hpc("submit", "first", "--set", "first.write_mb=9", "--wait")
 
 
 def test_logs_and_cancel_of_what_is_not_there(project: Project) -> None:

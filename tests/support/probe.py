@@ -26,6 +26,7 @@ class Config:
     exit_code: int = 0
     signal: int = 0
     message: str = ""
+    write_mb: int = 0
     env: str = ""
     checkpoint: bool = False
 
@@ -50,6 +51,7 @@ def run(config: Config, ctx: Context) -> None:
     if config.exit_code:
         raise SystemExit(config.exit_code)
     for path in ctx.outputs.values():
+        path.write_bytes(bytes(config.write_mb << 20))
         path.write_text(json.dumps({{"inputs": dict(ctx.inputs), "resumed": (ctx.checkpoints / "saved").exists()}}))
 
 
