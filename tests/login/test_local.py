@@ -1,0 +1,380 @@
+"""The real command line on this machine: real processes, probe stages, site local."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.node.enter import process_start
+from tests.support import probe
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHAIN = ["first", "second", "third"]
+
+
+def until(found: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+    """Ask until there is something."""
+    deadline = time.monotonic() + timeout
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+    return value
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hpc as a user has it, with three probe stages added."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name in ("hpc", "stages", "templates"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert probe.write_chain(folder / "stages") == CHAIN
+    return folder
+
+
+class Local:
+    """A project of a user, and `hpc` run in it."""
+
+    def __init__(self, folder: Path, packages: Path) -> None:
+        self.folder = folder
+        self.packages = packages
+        self.started: list[subprocess.Popen[str]] = []
+        (folder / "venv" / "bin").mkdir(parents=True)
+        (folder / "venv" / "bin" / "python3").symlink_to(sys.executable)
+        (folder / "hpc.toml").write_text(
+            'site = "local"\n[environments]\ntrain = "venv"\n[pipeline]\nstages = ["first", "second", "third"]\n'
+        )
+
+    def env(self, **more: str) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("HPC_", "SLURM_", "SBATCH_", "PYTHON"))}
+        return {**clean, "PYTHONPATH": str(self.packages), "XDG_CONFIG_HOME": str(self.folder / "config"), **more}
+
+    def hpc(self, *arguments: str, code: int = 0, before: str = "", env: dict[str, str] | None = None) -> Any:
+        """`hpc ARGUMENTS`, which must end with this code. `before`: Python that runs in the process first."""
+        done = self.popen(*arguments, before=before, env=env)
+        out, err = done.communicate(timeout=60)
+        assert done.returncode == code, (done.returncode, out, err)
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    def popen(self, *arguments: str, before: str = "", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        start = ["-c", f"{before}\nimport sys\nfrom hpc.login.cli import main\nsys.exit(main())"]
+        argv = [sys.executable, "-W", "error", *(start if before else ["-m", "hpc"]), *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            argv, cwd=self.folder, env=self.env(**(env or {})), stdout=pipe, stderr=pipe, text=True
+        )
+        self.started.append(process)
+        return process
+
+    def json(self, *arguments: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.hpc(*arguments, "--json").stdout)
+        return found
+
+    def states(self, run: str = "") -> dict[str, str]:
+        return {s["stage"]: s["state"] for s in self.json("status", *run.split())["stages"]}
+
+    def read(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "runs" / name).read_text())
+        return found
+
+    def running(self, stage: str = "pipeline-1/first") -> int:
+        """The stage is at work: its payload's events say so; the process of its controller."""
+        events = self.folder / "runs" / stage / "attempt-1" / "events.jsonl"
+        until(lambda: events.exists() and '"running"' in events.read_text(), f"{stage} running")
+        process: int = self.read(f"{stage}/job.json")["process"]["pid"]
+        return process
+
+    def end(self) -> None:
+        """End what a failed test left: by the process groups that the jobs' files name."""
+        for process in self.started:
+            process.kill()
+            process.communicate()
+        for job in self.folder.glob("runs/*/*/job.json"):
+            started = json.loads(job.read_text()).get("process")
+            if started and process_start(started["pid"]) == started["start"]:
+                os.killpg(started["group"], signal.SIGKILL)
+
+
+@pytest.fixture
+def local(tmp_path: Path, packages: Path) -> Iterator[Local]:
+    made = Local(tmp_path, packages)
+    yield made
+    made.end()
+
+
+# ---- a pipeline that completes; looked at from all sides
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, packages: Path) -> Iterator[Local]:
+    """A project whose pipeline was shown, submitted and waited for."""
+    made = Local(tmp_path_factory.mktemp("finished"), packages)
+    made.shown = made.json("submit", "pipeline", "--dry-run")  # type: ignore[attr-defined]
+    made.submitted = made.hpc("submit", "pipeline", "--wait")  # type: ignore[attr-defined]
+    yield made
+    made.end()
+
+
+def test_pipeline_completes_and_says_so(finished: Local) -> None:
+    assert "pipeline-1: first, second, third completed" in finished.submitted.stderr  # type: ignore[attr-defined]
+    assert finished.states() == dict.fromkeys(CHAIN, "COMPLETED")
+
+
+def test_stages_ran_in_order_on_each_others_outputs(finished: Local) -> None:
+    manifests = [finished.read(f"pipeline-1/{name}/manifest.json") for name in CHAIN]
+    assert all(a["ended"] <= b["started"] for a, b in pairwise(manifests))
+    inputs = finished.read("pipeline-1/third/out/result.json")["inputs"]
+    assert inputs == {"lora_adapter": str(finished.folder / "runs/pipeline-1/second/out/result.json")}
+
+
+def test_dry_run_wrote_nothing_and_showed_what_was_started(finished: Local) -> None:
+    shown = finished.shown  # type: ignore[attr-defined]
+    assert (shown["schema"], shown["run"]) == ("hpc.dry-run/1", "pipeline-1")
+    assert [s["stage"] for s in shown["stages"]] == CHAIN
+    for stage in shown["stages"]:
+        started = finished.read(f"pipeline-1/{stage['stage']}/attempt-1/launch.json")
+        assert stage["argv"] == started["argv"]
+        assert stage["environment"].items() <= started["env"].items()
+        assert stage["config"] == finished.read(f"pipeline-1/{stage['stage']}/config.json")
+
+
+def test_second_submit_says_that_there_is_nothing_to_do(finished: Local) -> None:
+    done = finished.hpc("submit", "pipeline")
+    assert "pipeline-1: nothing to do for first (done), second (done), third (done)" in done.stdout
+    assert [p.name for p in (finished.folder / "runs").iterdir() if p.name != ".cache"] == ["pipeline-1"]
+
+
+def test_status_json_has_its_schema(finished: Local) -> None:
+    found = finished.json("status", "pipeline-1")
+    assert (found["schema"], found["runs_folder"]) == ("hpc.status/1", str(finished.folder / "runs"))
+    row = found["stages"][0]
+    assert set(row) == set(
+        "run stage state key scheduler job_id attempt reason hint node elapsed_s limit_min submitted phase done total"
+        " message exit_code resumable reused folder".split()
+    )
+    assert (row["run"], row["stage"], row["scheduler"], row["attempt"]) == ("pipeline-1", "first", "local", 1)
+    assert row["node"] == os.uname().nodename
+
+
+def test_status_is_a_table_of_whole_words(finished: Local) -> None:
+    lines = finished.hpc("status").stdout.splitlines()
+    assert lines[0].split() == "RUN/STAGE JOBID STATE TIME LIMIT NODE PROGRESS / REASON".split()
+    assert [line.split()[0] for line in lines[1:]] == [f"pipeline-1/{name}" for name in CHAIN]
+
+
+def test_plan_says_what_is_done(finished: Local) -> None:
+    found = finished.json("plan")
+    assert found["schema"] == "hpc.plan/1"
+    assert [s["action"] for s in found["stages"]] == ["done"] * 3
+    assert "continued" in finished.hpc("plan").stdout
+
+
+def test_plan_shows_where_each_value_comes_from(finished: Local) -> None:
+    found = finished.json("plan", "--set", "first.seconds=1", "--time", "10")
+    assert found["origins"]["first.seconds"] == "--set first.seconds=1"
+    assert found["origins"]["site.environments"].endswith("hpc.toml")
+    assert {s["resources"]["time_min"] for s in found["stages"]} == {10}
+
+
+def test_changed_setting_runs_only_what_it_changes(finished: Local) -> None:
+    found = finished.json("plan", "--set", "third.message=new")
+    assert [s["action"] for s in found["stages"]] == ["done in pipeline-1", "done in pipeline-1", "submit"]
+    assert found["run"] == "pipeline-2"
+
+
+def test_logs_are_what_the_stage_printed(finished: Local) -> None:
+    done = finished.hpc("logs", "pipeline-1/second")
+    assert done.stdout == "hello from second\n"
+    assert done.stderr == "==> pipeline-1/second attempt 1: COMPLETED <==\n"
+    assert finished.hpc("logs", "first", "-f").stdout == "hello from first\n", "it has ended: nothing to follow"
+
+
+def test_stage_that_a_run_does_not_have_is_7_and_one_that_is_none_2(finished: Local) -> None:
+    assert "has no stage 'merge'" in finished.hpc("logs", "pipeline-1/merge", code=7).stderr
+    assert "did you mean 'third'?" in finished.hpc("logs", "pipeline-1/thirt", code=2).stderr
+
+
+def test_cancel_of_what_has_ended_is_no_error(finished: Local) -> None:
+    assert "nothing is running or waiting" in finished.hpc("cancel").stderr
+    assert finished.json("cancel") == {"schema": "hpc.cancel/1", "run": "pipeline-1", "cancelled": []}
+
+
+def test_until_stops_there_and_from_needs_what_is_before(finished: Local) -> None:
+    shown = finished.json("plan", "--until", "second", "--set", "first.message=x")
+    assert [s["stage"] for s in shown["stages"]] == ["first", "second"]
+    refused = finished.hpc("plan", "--from", "second", "--set", "first.message=x", code=3)
+    assert "--from second: first is needed and not done with these settings" in refused.stderr
+
+
+# ---- ends that are not good
+
+
+def test_failure_is_1_with_cause_log_and_hint(local: Local) -> None:
+    done = local.hpc("submit", "pipeline", "--wait", "--set", "first.exit_code=1", code=1)
+    assert "pipeline-1/first: FAILED: the probe was told to fail" in done.stderr
+    assert "  | error: the probe was told to fail" in done.stderr
+    assert "  try: tell it not to" in done.stderr
+    assert local.states() == {"first": "FAILED", "second": "CANCELLED", "third": "CANCELLED"}
+    assert "the probe was told to fail" in local.hpc("logs").stdout, "without a name: the one that failed"
+
+
+def test_crash_is_told_as_a_signal(local: Local) -> None:
+    done = local.hpc("submit", "first", "--wait", "--set", "first.signal=11", code=1)
+    assert "the stage was ended by SIGSEGV" in done.stderr
+
+
+def test_cancel_ends_running_and_waiting_stages(local: Local) -> None:
+    local.hpc("submit", "pipeline", "--set", "first.seconds=60", "--set", "first.checkpoint=true")
+    process = local.running()
+    assert local.states() == {"first": "RUNNING", "second": "PENDING", "third": "PENDING"}
+    done = local.hpc("cancel")
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"pipeline-1/{name}" for name in CHAIN]
+    assert process_start(process) is None
+    assert local.states() == dict.fromkeys(CHAIN, "CANCELLED")
+
+
+def test_cancel_kills_a_stage_that_does_not_listen(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=60")
+    process = local.running("first-1/first")
+    local.hpc("cancel", "first-1/first", before="from hpc.login import cancel\ncancel._GRACE_S = 0.5")
+    assert process_start(process) is None
+    (found,) = local.json("status")["stages"]
+    assert (found["state"], found["reason"]) == ("CANCELLED", "cancelled by hpc cancel")
+
+
+def test_stage_that_saves_on_cancel_is_resumed_by_the_next_submit(local: Local) -> None:
+    settings = ("--set", "first.seconds=1.5", "--set", "first.checkpoint=true")
+    local.hpc("submit", "first", *settings)
+    local.running("first-1/first")
+    local.hpc("cancel", "first-1")
+    assert (local.folder / "runs/first-1/first/checkpoints/saved").exists()
+    local.hpc("submit", "first", *settings, "--wait")
+    assert local.read("first-1/first/out/result.json")["resumed"] is True
+    assert local.json("status")["stages"][0]["attempt"] == 2
+
+
+def test_killed_job_is_lost_and_submit_runs_it_again(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=2")
+    local.running("first-1/first")
+    process = local.read("first-1/first/job.json")["process"]
+    os.killpg(process["group"], signal.SIGKILL)
+    until(lambda: process_start(process["pid"]) is None, "its end")
+    assert local.states() == {"first": "LOST"}
+    local.hpc("submit", "first", "--set", "first.seconds=2", "--wait")
+    assert local.states() == {"first": "COMPLETED"}
+
+
+def test_logs_follow_until_the_stage_ends(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=2")
+    local.running("first-1/first")
+    follower = local.popen("logs", "-f", "first-1")
+    out, _ = follower.communicate(timeout=20)
+    assert (follower.returncode, out) == (0, "hello from first\n")
+    assert local.states() == {"first": "COMPLETED"}
+
+
+def test_ctrl_c_leaves_the_job_and_says_so(local: Local) -> None:
+    waiting = local.popen("submit", "first", "--wait", "--set", "first.seconds=2")
+    process = local.running("first-1/first")
+    waiting.send_signal(signal.SIGINT)
+    _, err = waiting.communicate(timeout=20)
+    assert waiting.returncode == 130
+    assert "error: no longer waiting; first-1 goes on\n  try: hpc status first-1, or hpc cancel first-1" in err
+    assert process_start(process), "it goes on"
+    until(lambda: process_start(process) is None, "the stage's own end")
+    assert local.states() == {"first": "COMPLETED"}
+
+
+def test_kill_between_two_submissions_leaves_a_run_that_submit_completes(local: Local) -> None:
+    before = (
+        "import os, signal\nfrom hpc.login import batch\nreal = batch.submit_local\n"
+        "def once(placed):\n"
+        "    if placed.name == 'second': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(placed)\n"
+        "batch.submit_local = once"
+    )
+    local.hpc("submit", "pipeline", before=before, code=-9)
+    assert local.states()["second"] == local.states()["third"] == "NOT_SUBMITTED"
+    assert "submit again to complete the run" in local.hpc("status").stdout
+    local.hpc("submit", "pipeline", "--wait")
+    assert local.states("pipeline-1") == dict.fromkeys(CHAIN, "COMPLETED")
+    assert local.read("pipeline-1/first/job.json")["attempt"] == 1, "it was not run twice"
+
+
+def test_two_at_once_run_every_stage_once(local: Local) -> None:
+    both = [local.popen("submit", "first", "--set", "first.seconds=0.5") for _ in range(2)]
+    ends = [(p.communicate(timeout=30)[1], p.returncode) for p in both]
+    assert 0 in [code for _, code in ends], ends
+    assert not [err for err, _ in ends if "Traceback" in err]
+    local.hpc("submit", "first", "--set", "first.seconds=0.5", "--wait")
+    assert list(local.folder.glob("runs/first-1/first/attempt-*")) == [local.folder / "runs/first-1/first/attempt-1"]
+    assert len(list(local.folder.glob("runs/first-*"))) == 1
+
+
+# ---- surroundings
+
+
+def test_variables_of_an_allocation_do_not_matter(local: Local) -> None:
+    inside = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SBATCH_PARTITION": "none", "SUBMITIT_EXECUTOR": "slurm"}
+    local.hpc("submit", "first", "--wait", env=inside)
+    assert local.states() == {"first": "COMPLETED"}
+
+
+def test_python_path_and_home_of_the_user_do_not_reach_the_stage(local: Local) -> None:
+    local.hpc("submit", "first", "--wait", "--set", "first.env=yes", env={"MY_OWN": "1", "HF_TOKEN": "hf_secret"})
+    seen = local.read("first-1/first/manifest.json")["metrics"]["env"]
+    assert seen["PYTHONPATH"] == str(local.folder / "runs/first-1/code")
+    assert "MY_OWN" not in seen
+    assert seen["HF_TOKEN"] == "hf_secret", "the stage may need it"
+    launch = local.read("first-1/first/attempt-1/launch.json")
+    assert launch["env"]["HF_TOKEN"] == "(not shown)"
+
+
+def test_project_with_blanks_and_korean_letters_in_its_path(tmp_path: Path, packages: Path) -> None:
+    made = Local(tmp_path / '내 프로젝트, "it\'s"', packages)
+    try:
+        made.hpc("submit", "first", "--wait")
+        assert made.states() == {"first": "COMPLETED"}
+    finally:
+        made.end()
+
+
+@pytest.mark.parametrize(("runs", "said"), [("hpc.toml", "not a directory"), ("/proc/none", "cannot be written")])
+def test_runs_folder_that_cannot_be_written_is_2(local: Local, runs: str, said: str) -> None:
+    done = local.hpc("submit", "first", code=2, env={"HPC_RUNS": runs})
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "try: " in done.stderr
+
+
+def test_full_disk_is_1_and_leaves_nothing_half(local: Local) -> None:
+    """A file system of 64 KiB: the snapshot of the code does not fit."""
+    (local.folder / "runs").mkdir()
+    words = [sys.executable, "-m", "hpc", "submit", "first"]
+    script = 'mount -t tmpfs -o size=64k tmpfs runs || exit 99; "$@"; code=$?; find runs -mindepth 1; exit $code'
+    argv = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else []), "sh", "-c", script, "sh", *words]
+    done = subprocess.run(argv, cwd=local.folder, env=local.env(), capture_output=True, text=True)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"FULL DISK NOT TESTED: no mount namespaces here: {done.stderr}")
+    assert done.returncode == 1, done.stderr
+    assert "no space left on device" in done.stderr
+    assert "make room" in done.stderr
+    assert [line for line in done.stdout.splitlines() if ".cache" not in line] == []
+
+
+def test_missing_environment_is_3_and_names_what_to_build(local: Local) -> None:
+    (local.folder / "venv" / "bin" / "python3").unlink()
+    done = local.hpc("submit", "first", code=3)
+    assert "the environment 'train' is not there" in done.stderr
+    assert "containers/train.def" in done.stderr
+    assert not (local.folder / "runs" / "first-1").exists()
