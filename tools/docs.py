@@ -1,6 +1,6 @@
-"""docs/cli.md out of the real `--help` of every verb, and whether the links in the documents lead anywhere.
+"""docs/cli.md out of the real `--help` of every verb, docs/settings.md out of the dataclasses; broken links.
 
---check: write nothing, fail where docs/cli.md would differ.
+--check: write nothing, fail where one of them would differ.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 
 os.environ.update(COLUMNS="100", PYTHON_COLORS="0")  # read by argparse: help must not depend on the terminal
 
+import settings_page
+
 from hpc.login.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
-CLI = ROOT / "docs" / "cli.md"
+DOCS = ROOT / "docs"
 HEAD = """\
 # The command line
 
@@ -26,16 +28,17 @@ HEAD = """\
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description="Write docs/cli.md and check links.")
-    options.add_argument("--check", action="store_true", help="write nothing, fail where it would differ")
+    options = argparse.ArgumentParser(description="Write the reference pages and check links.")
+    options.add_argument("--check", action="store_true", help="write nothing, fail where they would differ")
     check = options.parse_args().check
     problems = list(broken_links())
-    text = HEAD + "".join(sections(parser()))
-    if not check:
-        CLI.write_text(text, encoding="utf-8")
-        print(f"{CLI.relative_to(ROOT)} is written")
-    elif not CLI.is_file() or words(CLI.read_text(encoding="utf-8")) != words(text):
-        problems.append(f"{CLI.relative_to(ROOT)} is not what --help says: make docs")
+    pages = {DOCS / "cli.md": HEAD + "".join(sections(parser())), DOCS / "settings.md": settings_page.page()}
+    for path, text in pages.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)} is written")
+        elif not path.is_file() or words(path.read_text(encoding="utf-8")) != words(text):
+            problems.append(f"{path.relative_to(ROOT)} is out of date: make docs")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -259,7 +259,7 @@ def _from_hub(name: str) -> Path:
     except hub.GatedRepoError as error:
         raise HpcError(
             f"'{name}' is gated, and your token may not read it",
-            hint=f"accept its licence on https://huggingface.co/{name}, and set HF_TOKEN",
+            hint=f"accept its licence on the page of {name} on the hub, and set HF_TOKEN",
         ) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         raise HpcError(
