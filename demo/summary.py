@@ -49,7 +49,8 @@ def result(runs: RunsDir, row: StageState) -> dict[str, Any]:
 
 
 def answer(title: str, text: str) -> None:
-    print(f"\n{title}:\n{textwrap.indent(textwrap.fill(" ".join(text.split()), 100), '  ')}")
+    words = textwrap.fill(" ".join(text.split()), 100)
+    print(f"\n{title}:\n{textwrap.indent(words, '  ')}")
 
 
 if __name__ == "__main__":
