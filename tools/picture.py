@@ -1,6 +1,6 @@
 """Run commands in a real terminal and draw what it shows as an SVG: the pictures in the documentation.
 
-    python tools/picture.py OUT.svg TITLE 'hpc submit pipeline --wait' 'hpc status'
+python tools/picture.py OUT.svg TITLE 'hpc submit pipeline --wait' 'hpc status'
 """
 
 from __future__ import annotations

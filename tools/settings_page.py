@@ -17,7 +17,7 @@ HEAD = """\
 <!-- Written by `make docs` out of the dataclasses in stages/ and hpc/core/. -->
 
 A value comes from, the later over the earlier: the default below; the site profile; `hpc.toml`, found here or in a
-folder above (`HPC_CONFIG` names another); the environment; the command line. `hpc plan --json` shows each value's origin.
+folder above (`HPC_CONFIG` names another); the environment; the command line. `hpc plan --json` shows each origin.
 
 - `hpc.toml`: `[finetune] lora_r = 16`
 - environment: `HPC_FINETUNE_LORA_R=16`, `HPC_SITE_PARTITION=gpu`; and `HPC_SITE` (the profile's name), `HPC_RUNS`
