@@ -224,8 +224,12 @@ def _heartbeat(path: Path, every_s: int) -> Iterator[None]:
             if ended.wait(every_s):
                 return
 
+    # The thread must take no signal: the kernel may give it one (Slurm sends CONT and TERM together), and then the
+    # main thread, which waits for the payload, would not hear of it. A thread starts with its maker's mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield
     finally:

@@ -179,7 +179,7 @@ def test_program_that_is_missing_on_the_node_is_named() -> None:
 
 def test_full_disk_is_said() -> None:
     found = could_not_start("apptainer", OSError(errno.ENOSPC, "full", "/runs/x/stdout"))
-    assert found.cause == "no space is left on the disk that holds /runs/x/stdout"
+    assert found.cause == "no space is left on the disk that holds the run"
 
 
 def test_blocked_and_cancelled_name_their_reason() -> None:
