@@ -23,8 +23,8 @@ test: setup  ## every test; as root those with a real Slurm and Apptainer too
 lint: setup  ## style, types, shell scripts, and whether docs/ is up to date
 	@tools/lint.sh
 
-bench: setup  ## the benchmarks
-	@$(BIN)/python bench/run.py
+bench: setup train-env  ## the benchmarks, into docs/benchmarks.md; ARGS names some
+	@$(BIN)/python bench/run.py $(ARGS)
 
 docs: setup  ## write docs/cli.md anew, check the links
 	@$(BIN)/python tools/docs.py
