@@ -230,6 +230,18 @@ def test_interrupt_is_a_request_to_end(node: Node) -> None:
     assert "got SIGTERM" in node.stdout
 
 
+def test_signals_go_to_the_thread_that_acts_on_them(node: Node) -> None:
+    """CONT and TERM together: the kernel may give the second one to another thread, if that one takes it."""
+    process = node.start(node.job(listener(signal.SIGTERM)))
+    until(node.attempt.heartbeat.exists, "the heartbeat's thread")
+    threads = [t for t in Path(f"/proc/{process.pid}/task").iterdir() if t.name != str(process.pid)]
+    assert threads
+    for thread in threads:
+        blocked = int((thread / "status").read_text().partition("SigBlk:")[2].split()[0], 16)
+        heard = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
+        assert [n.name for n in heard if not blocked >> (n - 1) & 1] == []
+
+
 def test_cont_changes_nothing(node: Node) -> None:
     process = node.start(node.job(listener(signal.SIGTERM)))
     node.ready()
