@@ -88,7 +88,7 @@ def submit(options: argparse.Namespace) -> int:
         return 0
     submission = work.submission
     quiet = options.json or options.wait
-    if submission.todo:
+    if submission.todo or submission.is_new:
         submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
     code = 0
     if options.wait:
