@@ -179,7 +179,6 @@ def _distinct(conversations: Iterator[Conversation], dropped: Counter[str]) -> l
 
 def _split(conversations: list[Conversation], config: PrepareConfig) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, held out), both in the data's order. A row's own hash decides: added rows move few."""
-
     import hashlib
 
     def rank(index: int) -> bytes:
