@@ -230,8 +230,8 @@ def _write_run(work: Submission, settings: Settings) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise HpcError(
-                    f"another hpc submit made {run.id} at this moment", hint="the same command again"
+                raise RuntimeUnavailable(
+                    f"{run.id} is being submitted by another hpc at this moment", hint="the same command again"
                 ) from error
             raise UsageError(
                 f"the run folder {run.path} cannot be written: {error.strerror}",
