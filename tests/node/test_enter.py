@@ -431,3 +431,18 @@ def test_name_with_blanks_and_brackets_is_read(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_signal_that_comes_while_the_end_is_written_changes_nothing(node: Node) -> None:
+    """On a slow file system the outcome takes a while to be on the disk, and the time limit may come then."""
+    file = node.stage.path / "job.pickle"
+    file.write_bytes(pickle.dumps(node.job("pass")))
+    code = (
+        "import os, pickle, signal\nreal = os.fsync\n"
+        "def slow(descriptor):\n    os.kill(os.getpid(), signal.SIGTERM)\n    real(descriptor)\n"
+        "os.fsync = slow\nfrom hpc.node.enter import enter\n"
+        f"enter(pickle.load(open({str(file)!r}, 'rb')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert node.outcome["state"] == "COMPLETED"
