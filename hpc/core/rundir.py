@@ -4,7 +4,7 @@
                 code/                the snapshot that the jobs import
                 <stage>/config.json  the config with every default, the inputs and outputs
                         job.json     the latest submission: attempt, job id, comment, key
-                        attempt-N/   stdout, stderr, events.jsonl, launch.json, outcome.json, scheduler/
+                        attempt-N/   stdout, stderr, events.jsonl, launch.json, outcome.json, process.json, scheduler/
                         checkpoints/ what outlives an attempt
                         out/         the outputs
                         manifest.json   written last: the stage is done
@@ -56,6 +56,11 @@ class AttemptDir:
     @property
     def heartbeat(self) -> Path:
         return self.path / "heartbeat"
+
+    @property
+    def process(self) -> Path:
+        """A local job's controller: {"pid", "start", "group"}, written by the process that starts it."""
+        return self.path / "process.json"
 
     @property
     def reserve(self) -> Path:

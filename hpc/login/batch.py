@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from hpc.core import rundir
 from hpc.core.errors import RuntimeUnavailable
 from hpc.login import slurm
 from hpc.login.place import Placed
@@ -51,8 +52,11 @@ def submit_slurm(placed: Placed, dependency: str | None, user: str) -> str:
         raise refused from error
 
 
-def submit_local(placed: Placed) -> dict[str, Any]:
-    """Start the stage on this machine, in a session of its own: {"pid", "start", "group"} of its controller."""
+def submit_local(placed: Placed) -> int:
+    """Start the stage on this machine, in a session of its own; the process id of its controller.
+
+    Who it is, is written down by the starting process itself: it goes on where `hpc` is killed in between.
+    """
     from submitit.local.local import LocalExecutor
 
     def start() -> int:
@@ -60,15 +64,17 @@ def submit_local(placed: Placed) -> dict[str, Any]:
         os.environ.pop("PYTHONHOME", None)
         executor = LocalExecutor(folder=placed.scheduler_dir, python=shlex.quote(placed.python))
         executor.update_parameters(timeout_min=_NEVER_MIN, gpus_per_node=placed.planned.resources.gpus_per_node)
-        return int(executor.submit(enter, placed.job).job_id)
+        pid = int(executor.submit(enter, placed.job).job_id)
+        who = {"pid": pid, "start": process_start(pid), "group": os.getpid()}
+        rundir.write_json(placed.stage_dir.attempt(placed.attempt).process, who)
+        return pid
 
-    pid, group = _in_new_session(start)
-    return {"pid": pid, "start": process_start(pid), "group": group}
+    return _in_new_session(start)
 
 
 def stop_local(process: Mapping[str, Any], number: int = signal.SIGTERM) -> None:
     """Signal a local job's controller (SIGTERM), or end its whole process group (SIGKILL)."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, KeyError):  # KeyError: it was never started
         if number == signal.SIGKILL:
             os.killpg(process["group"], signal.SIGKILL)
         elif process_start(process["pid"]) == process["start"]:
@@ -111,8 +117,8 @@ def _environment(env: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _in_new_session(start: Callable[[], int]) -> tuple[int, int]:
-    """(result, process group) of `start`, run in a child with its own session: Ctrl-C and logout don't reach it."""
+def _in_new_session(start: Callable[[], int]) -> int:
+    """The result of `start`, run in a child with its own session and group: Ctrl-C and logout don't reach it."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -138,7 +144,7 @@ def _in_new_session(start: Callable[[], int]) -> tuple[int, int]:
             f"the job could not be started on this machine: {text.lstrip('!') or 'no answer'}",
             hint="is the run folder writable, and is there memory?",
         )
-    return int(text), child
+    return int(text)
 
 
 def preload() -> None:

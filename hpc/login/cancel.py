@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc.core import rundir
-from hpc.core.rundir import RunDir
+from hpc.core.rundir import RunDir, StageDir
 from hpc.login import batch, slurm
 from hpc.login.states import StageState
 from hpc.node.enter import alive
@@ -28,7 +28,8 @@ def cancel(run: RunDir, chosen: Sequence[StageState]) -> None:
 
 def _local(chosen: Sequence[StageState]) -> None:
     """SIGTERM lets a stage save its work; SIGKILL to the whole group after the grace time."""
-    processes = [(rundir.read_json(Path(s.folder) / "job.json") or {})["process"] for s in chosen]
+    written = (rundir.read_json(StageDir(Path(s.folder)).attempt(s.attempt).process) for s in chosen)
+    processes = [process for process in written if process is not None]
     for process in processes:
         batch.stop_local(process)
     deadline = time.monotonic() + _GRACE_S

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc.core import rundir
 from hpc.core import stage as stage_files
-from hpc.core.errors import NotFound, UsageError, did_you_mean
+from hpc.core.errors import NotFound, RuntimeUnavailable, UsageError, did_you_mean
 from hpc.core.rundir import RunDir, RunsDir
 from hpc.login import view
 from hpc.login.states import UNKNOWN, Scheduler, StageState, states
@@ -157,7 +157,10 @@ def _watch(options: argparse.Namespace) -> int:
         while True:
             if sys.stdout.isatty():
                 print("\033[H\033[2J", end="")
-            _status_once(options)
+            try:
+                _status_once(options)
+            except RuntimeUnavailable as error:  # a hiccup of the controller: look again
+                print(f"{error.message}; looking again in {every_s} s", file=sys.stderr)
             sys.stdout.flush()
             time.sleep(every_s)
     return 0

@@ -154,7 +154,7 @@ def _search(cwd: Path) -> Path | None:
 
 
 def _known_tables(layers: Sequence[Layer]) -> None:
-    known = {"site", "runs", "pipeline", "environments", *stages.available()}
+    known = {"site", "runs", "pipeline", "environments", *_TABLES, *stages.available()}
     for layer in layers:
         for name, value in layer.table.items():
             if isinstance(value, Mapping) and name not in known:
@@ -188,7 +188,7 @@ def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
 
 def _spread(layer: Layer, pipeline: Sequence[str]) -> Layer:
     """`lora_r = 16` without a stage goes to the one stage that has such a field."""
-    table = {k: v for k, v in layer.table.items() if isinstance(v, Mapping)}
+    table = {k: v for k, v in layer.table.items() if isinstance(v, Mapping) and k not in _TABLES}
     for name, value in layer.table.items():
         if name in {"site", "runs"} or name in table:
             continue

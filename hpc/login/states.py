@@ -79,11 +79,13 @@ class Scheduler:
     call: slurm.Run = slurm.run
     problem: HpcError | None = None
     """Set where Slurm could not be asked."""
+    asked_at: float = 0.0
+    """When squeue was asked, seconds since 1970; what was submitted later it cannot know."""
     _queue: dict[str, slurm.Queued] | None = None
 
     def queue(self) -> Mapping[str, slurm.Queued]:
         if self._queue is None:
-            self._queue = {}
+            self._queue, self.asked_at = {}, time.time()
             try:
                 self._queue = slurm.queue(self.user, self.call)
             except RuntimeUnavailable as error:
@@ -151,21 +153,42 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
     if "reused" in job:
         return _base(submitted, state="COMPLETED", reused=job["reused"], reason=f"taken from {job['reused']}")
     attempt = submitted.stage_dir.attempt(job["attempt"])
+    if job["status"] == "submitting" and _at_work(job.get("submitter")):
+        return _base(submitted, state="PENDING", reason="being submitted")
     if job["scheduler"] == "local":
         return _local(submitted, attempt)
     queued = _queued(job, scheduler)
     if queued is not None and queued.state not in ENDED:
         return _live(submitted, attempt, queued)
     ended = rundir.read_json(attempt.outcome)
-    if ended is not None:
+    if ended is not None and (queued is not None or scheduler.problem is not None or not _ambiguous(ended, attempt)):
         return _ended(submitted, ended, queued.state if queued else None)
+    if ended is not None:
+        return None  # only the accounting remembers
     if queued is not None:
         return _without_outcome(submitted, attempt, queued.state, queued.nodes)
     if scheduler.problem is not None:
         return _base(submitted, state=UNKNOWN, reason="Slurm cannot be reached")
+    if job["submitted"] >= scheduler.asked_at:  # while we were reading; squeue could not know it yet
+        return _base(submitted, state="PENDING")
     if job["status"] == "submitting":
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
     return None
+
+
+def _at_work(submitter: Mapping[str, Any] | None) -> bool:
+    """True while the hpc that submits this stage runs, on this machine, and is not ourselves."""
+    return (
+        submitter is not None
+        and submitter["host"] == os.uname().nodename
+        and submitter["pid"] != os.getpid()
+        and alive(submitter["pid"], submitter["start"])
+    )
+
+
+def _ambiguous(ended: Mapping[str, Any], attempt: rundir.AttemptDir) -> bool:
+    """True where the node saw SIGTERM and no more: cancelled by hand, preempted, or its node was taken away."""
+    return ended["state"] == "CANCELLED" and bool(ended.get("resumable")) and not attempt.stop.exists()
 
 
 def _queued(job: Mapping[str, Any], scheduler: Scheduler) -> slurm.Queued | None:
@@ -218,7 +241,9 @@ def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | No
 
 def _local(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
     job, ended = submitted.job, rundir.read_json(attempt.outcome)
-    process = job.get("process")
+    process = rundir.read_json(attempt.process)
+    if process is not None:
+        submitted = replace(submitted, job={**job, "job_id": process["pid"]})  # hpc may have been killed before it knew
     if process is not None and alive(process["pid"], process["start"]):
         events = rundir.last_events(attempt.events)
         if not any(e["phase"] == "running" for e in events) and not attempt.heartbeat.exists():
@@ -287,7 +312,10 @@ def _from_accounting(open_ones: list[tuple[int, _Submitted]], scheduler: Schedul
     for place, submitted in open_ones:
         record = known.get(str(submitted.job["job_id"]))
         attempt = submitted.stage_dir.attempt(submitted.job["attempt"])
-        if record is None or (record.submit or 0) < submitted.job["submitted"] - _CLOCK_SKEW_S:
+        ended = rundir.read_json(attempt.outcome)
+        if ended is not None:
+            yield place, _ended(submitted, ended, record.state if record else None)
+        elif record is None or (record.submit or 0) < submitted.job["submitted"] - _CLOCK_SKEW_S:
             yield place, _unknown(submitted, attempt)
         elif record.state in ENDED:
             yield place, _without_outcome(submitted, attempt, record.state, record.nodes)

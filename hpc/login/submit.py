@@ -23,6 +23,7 @@ from hpc.login.facts import container_program, link_targets
 from hpc.login.place import Ground, Placed, place
 from hpc.login.settings import Settings
 from hpc.login.states import NOT_SUBMITTED, Scheduler, StageState, states
+from hpc.node.enter import process_start
 
 Say = Callable[[str], None]
 
@@ -136,6 +137,7 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
     timings.imports, clock = time.perf_counter() - clock, time.perf_counter()
     _write_run(work, settings)
     timings.snapshot, clock = time.perf_counter() - clock, time.perf_counter()
+    _refuse_two(work)
     ids = work.known_ids()
     submitted: list[Placed] = []
     try:
@@ -155,6 +157,15 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
         raise
     timings.jobs = time.perf_counter() - clock
     return timings
+
+
+def _refuse_two(work: Submission) -> None:
+    """RuntimeUnavailable where another hpc is at this very run: its jobs have no numbers yet to depend on."""
+    busy = next((s for s in work.standing.values() if s.active and not s.job_id), None)
+    if busy is not None:
+        raise RuntimeUnavailable(
+            f"{busy.run}/{busy.stage} is being submitted by another hpc at this moment", hint="`hpc status` shows it"
+        )
 
 
 def _same(plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str) -> RunDir | None:
@@ -288,18 +299,18 @@ def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], schedu
         "scheduler": work.scheduler,
         "job_id": None,
         "comment": placed.comment,
+        "submitter": {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())},
         "submitted": time.time(),
         "limit_min": placed.planned.resources.time_min,
         "after": list(placed.planned.needs),
     }
     rundir.write_json(placed.stage_dir.job, document)
     if work.scheduler == "local":
-        process = batch.submit_local(placed)
-        found: dict[str, Any] = {"job_id": str(process["pid"]), "process": process}
+        job_id = str(batch.submit_local(placed))
     else:
-        found = {"job_id": batch.submit_slurm(placed, work.dependency(placed, ids), scheduler.user)}
-    rundir.write_json(placed.stage_dir.job, {**document, **found, "status": "submitted"})
-    return str(found["job_id"])
+        job_id = batch.submit_slurm(placed, work.dependency(placed, ids), scheduler.user)
+    rundir.write_json(placed.stage_dir.job, {**document, "job_id": job_id, "status": "submitted"})
+    return job_id
 
 
 def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, str]) -> None:
@@ -310,6 +321,6 @@ def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, s
         with suppress(RuntimeUnavailable):
             slurm.cancel([ids[p.name] for p in submitted])
     for placed in submitted if work.scheduler == "local" else ():
-        batch.stop_local((rundir.read_json(placed.stage_dir.job) or {})["process"])
+        batch.stop_local(rundir.read_json(placed.stage_dir.attempt(placed.attempt).process) or {})
     if work.is_new and not submitted:
         shutil.rmtree(work.run.path, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from typing import IO, Any
+from unicodedata import east_asian_width
 
 from hpc.login.states import StageState
 
@@ -74,7 +75,7 @@ def table(
         drawn.add_row(*cells)
     console = Console(file=out)
     if rows:  # a narrow terminal breaks the lines itself: rich would cut the ids
-        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        widths = [max(map(_width, column)) for column in zip(headings, *rows, strict=True)]
         console.width = max(console.width, sum(widths[:-1]) + 2 * len(widths) + _LAST_COLUMN)
     console.print(drawn)
 
@@ -87,10 +88,19 @@ def plain(headings: Row, rows: Sequence[Row], out: IO[str]) -> None:
     1   long
     22  x
     """
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(headings, *rows, strict=True)]
     for row in (headings, *rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        line = "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
         out.write(line.rstrip() + "\n")
+
+
+def _width(text: str) -> int:
+    """Columns that the text takes on a terminal: Korean, Chinese and Japanese letters take two.
+
+    >>> _width("abc"), _width("한글")
+    (3, 4)
+    """
+    return len(text) if text.isascii() else sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def progress(state: StageState) -> str:

@@ -194,7 +194,7 @@ def _has_failed(source: rundir.StageDir) -> str | None:
         return None if ended["state"] == "COMPLETED" else str(ended["state"])
     if attempt.stop.exists():
         return "CANCELLED"
-    started = latest.get("process")
+    started = rundir.read_json(attempt.process)
     return "LOST" if started and not alive(started["pid"], started["start"]) else None
 
 

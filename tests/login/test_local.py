@@ -91,7 +91,7 @@ class Local:
         """The stage is at work: its payload's events say so; the process of its controller."""
         events = self.folder / "runs" / stage / "attempt-1" / "events.jsonl"
         until(lambda: events.exists() and '"running"' in events.read_text(), f"{stage} running")
-        process: int = self.read(f"{stage}/job.json")["process"]["pid"]
+        process: int = self.read(f"{stage}/attempt-1/process.json")["pid"]
         return process
 
     def end(self) -> None:
@@ -99,9 +99,9 @@ class Local:
         for process in self.started:
             process.kill()
             process.communicate()
-        for job in self.folder.glob("runs/*/*/job.json"):
-            started = json.loads(job.read_text()).get("process")
-            if started and process_start(started["pid"]) == started["start"]:
+        for file in self.folder.glob("runs/*/*/attempt-*/process.json"):
+            started = json.loads(file.read_text())
+            if process_start(started["pid"]) == started["start"]:
                 os.killpg(started["group"], signal.SIGKILL)
 
 
@@ -263,10 +263,33 @@ def test_stage_that_saves_on_cancel_is_resumed_by_the_next_submit(local: Local) 
     assert local.json("status")["stages"][0]["attempt"] == 2
 
 
+def test_job_of_an_hpc_that_was_killed_before_it_wrote_the_number_is_known(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=4")
+    pid = local.running("first-1/first")
+    job = local.folder / "runs/first-1/first/job.json"
+    before = {**json.loads(job.read_text()), "status": "submitting", "job_id": None}  # as it is just before the start
+    job.write_text(json.dumps(before))
+    (row,) = local.json("status")["stages"]
+    assert (row["state"], row["job_id"]) == ("RUNNING", str(pid))
+    assert "nothing to do for first (RUNNING" in local.hpc("submit", "first", "--set", "first.seconds=4").stdout
+    assert json.loads(job.read_text())["job_id"] == str(pid)
+
+
+def test_run_that_has_it_all_is_named_though_the_code_is_newer(local: Local) -> None:
+    local.hpc("submit", "first", "--wait")
+    local.hpc("submit", "pipeline", "--wait")
+    for run in ("first-1", "pipeline-2"):  # as if they were made by another version
+        file = local.folder / "runs" / run / "run.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "code": "older"}))
+    done = local.hpc("submit", "pipeline", "--wait")
+    assert "pipeline-2: nothing to do for first (done), second (done), third (done)" in done.stdout
+    assert not (local.folder / "runs" / "pipeline-3").exists()
+
+
 def test_killed_job_is_lost_and_submit_runs_it_again(local: Local) -> None:
     local.hpc("submit", "first", "--set", "first.seconds=2")
     local.running("first-1/first")
-    process = local.read("first-1/first/job.json")["process"]
+    process = local.read("first-1/first/attempt-1/process.json")
     os.killpg(process["group"], signal.SIGKILL)
     until(lambda: process_start(process["pid"]) is None, "its end")
     assert local.states() == {"first": "LOST"}

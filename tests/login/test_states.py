@@ -17,7 +17,7 @@ from hpc.core.rundir import AttemptDir, RunDir, RunsDir, StageDir
 from hpc.login.states import ACTIVE, LOST, NOT_SUBMITTED, REASONS, UNKNOWN, Scheduler, StageState, states
 from hpc.node.enter import process_start
 
-NOW = 1_800_000_000
+NOW = 1_700_000_000
 
 
 class World:
@@ -325,7 +325,9 @@ def test_sacct_is_not_asked_where_squeue_knows_all(world: World) -> None:
 def local(world: World, **process: Any) -> StageDir:
     """A stage that this very process runs, as far as the files tell."""
     mine = {"pid": os.getpid(), "start": process_start(os.getpid()), "group": 1, **process}
-    return world.job(world.run(), scheduler="local", process=mine, job_id=str(mine["pid"]))
+    folder = world.job(world.run(), scheduler="local", job_id=str(mine["pid"]))
+    rundir.write_json(folder.attempt(1).process, mine)
+    return folder
 
 
 def test_local_stage_that_waits_for_its_input_is_pending(world: World) -> None:

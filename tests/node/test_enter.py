@@ -319,7 +319,8 @@ def first(node: Node) -> StageDir:
     stage = StageDir(node.stage.path.parent / "first")
     stage.attempt(1).path.mkdir(parents=True)
     process = {"pid": os.getpid(), "start": process_start(os.getpid())}
-    rundir.write_json(stage.job, {"attempt": 1, "process": process})
+    rundir.write_json(stage.job, {"attempt": 1})
+    rundir.write_json(stage.attempt(1).process, process)
     return stage
 
 
@@ -362,7 +363,8 @@ def test_input_that_was_cancelled_before_it_began_cancels(node: Node, first: Sta
 
 
 def test_input_whose_process_is_gone_cancels(node: Node, first: StageDir) -> None:
-    rundir.write_json(first.job, {"attempt": 1, "process": {"pid": os.getpid(), "start": "another"}})
+    rundir.write_json(first.job, {"attempt": 1})
+    rundir.write_json(first.attempt(1).process, {"pid": os.getpid(), "start": "another"})
     node.run(waits(node, first))
     assert node.outcome["cause"] == "its input stage first did not complete (LOST)"
 
