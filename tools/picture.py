@@ -25,7 +25,7 @@ def main(out: str, title: str, *commands: str) -> int:
     # 16 colours: a wide palette would be the recording machine's, not the reader's
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), color_system="standard")  # noqa: SIM115
     for command in commands:
-        console.print(Text.from_markup("[bold green]$[/] ") + Text(command, style="bold"))
+        console.print(Text.from_markup("[bold green]$[/] ") + Text(re.sub(r"^sleep \d+; ", "", command), style="bold"))
         for line in last_frame(session(command)).splitlines():
             console.print(Text.from_ansi(line), soft_wrap=True)
         console.print()

@@ -218,7 +218,7 @@ def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tu
         )
     if stage.launcher == "python" and (asked.nodes > 1 or asked.gpus_per_node > 1):
         raise Refused(
-            f"{stage.name} is one process: it cannot use {asked.nodes} nodes with {asked.gpus_per_node} GPUs each",
+            f"{stage.name} is one process: it cannot use {asked.gpus} GPUs on {asked.nodes} node(s)",
             hint=f"set {stage.name}.resources to nodes = 1 and gpus_per_node = 1",
         )
     if limits is not None:
