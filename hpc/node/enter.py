@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpc.core import rundir
+from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.launch import Launch, process_env, without_secrets
+from hpc.node.staging import Staging, staged
 
 _POLL_S = 0.2
 _RESERVE = 1 << 16
@@ -33,6 +35,8 @@ class Job:
     attempt: int
     key: str
     launch: Launch
+    staging: Staging | None = None
+    """The image to copy to the node first, which `launch` then starts."""
     mem_gb: int
     heartbeat_s: int
     waits: tuple[tuple[str, str], ...] = ()
@@ -55,6 +59,8 @@ def enter(job: Job) -> None:
     try:
         rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
         result = _run(job, attempt, watch)
+    except HpcError as error:
+        result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.record(result)
@@ -122,6 +128,18 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
     blocked = _wait_for_inputs(job, watch)
     if blocked is not None:
         return blocked
+    if job.staging is None:
+        return _run_container(job, attempt, watch)
+
+    def tell(done: int, total: int, rate: float) -> None:
+        message = f"{rate / 1e9:.1f} GB/s"
+        rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
+
+    with staged(job.staging, tell):
+        return _run_container(job, attempt, watch)
+
+
+def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
     env = process_env(job.launch, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
