@@ -14,7 +14,7 @@ help:
 
 demo: setup train-env  ## data -> a fine-tuned model, on this machine's CPU, in minutes
 	@$(BIN)/python demo/fetch.py
-	@cd demo && HPC_SITE_VENVS="$(CURDIR)/.venvs" ../$(BIN)/hpc submit pipeline --site local --wait
+	@cd demo && ../$(BIN)/hpc submit pipeline --site local --wait
 	@$(BIN)/python demo/summary.py
 
 test: setup  ## every test; as root those with a real Slurm and Apptainer too

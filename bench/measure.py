@@ -16,24 +16,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 HEADINGS = ("what", "median ms", "against", "median ms", "ratio", "of the fastest", "goal", "met?")
 
 
 class NotMeasured(Exception):
     """It cannot be measured here; the message says what it needs."""
-
-
-class Line(Protocol):
-    """One line of the table."""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether it reaches its goal; None where it has none."""
-
-    def cells(self) -> tuple[str, ...]:
-        """As many as there are headings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +92,10 @@ class Skipped:
 
     def cells(self) -> tuple[str, ...]:
         return (self.what, "not measured", self.why, "", "", "", "", "")
+
+
+Line = Pair | Part | Fact | Skipped
+"""One line of the table: its cells, and whether its goal is met (None where it has none)."""
 
 
 def word(met: bool | None) -> str:

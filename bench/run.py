@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -37,8 +38,7 @@ def main() -> int:
     found = [line for name in options.names or NAMES for line in measured(name, options.runs)]
     head += f"; load {os.getloadavg()[1]:.1f} at the end"
     if options.json:
-        lines = [dict(zip(("what", "ms", "against", "against_ms", "ratio", "ratio_of_fastest", "goal", "met"),
-                          line.cells(), strict=True)) for line in found]  # fmt: skip
+        lines = [{"kind": type(line).__name__.lower(), **asdict(line), "met": line.met} for line in found]
         print(json.dumps({"schema": "hpc.bench/1", "machine": head, "lines": lines}, ensure_ascii=False, indent=1))
     else:
         print(head, "", table(found), sep="\n")

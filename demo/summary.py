@@ -35,7 +35,7 @@ def main() -> int:
         for name, output in manifest.get("outputs", {}).items():
             print(f"  {stage + ' ' + name:18}{output['path']}")
     print("""
-Next, after  cd demo && . ../.venvs/hpc/bin/activate && export HPC_SITE_VENVS=$PWD/../.venvs
+Next, after  cd demo && . ../.venvs/hpc/bin/activate
   hpc status                                 every run, and where it stands
   hpc logs finetune                          what the training printed
   hpc plan --set finetune.max_steps=120      what would run again, and what would not

@@ -7,7 +7,6 @@ same data and config give the same bytes. Whatever is dropped is counted by its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -180,6 +179,7 @@ def _distinct(conversations: Iterator[Conversation], dropped: Counter[str]) -> l
 
 def _split(conversations: list[Conversation], config: PrepareConfig) -> tuple[list[Conversation], list[Conversation]]:
     """(to train on, held out), both in the data's order. A row's own hash decides: added rows move few."""
+    import hashlib
 
     def rank(index: int) -> bytes:
         return hashlib.sha256(f"{config.seed} {json.dumps(conversations[index])}".encode()).digest()

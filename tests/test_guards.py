@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((*ROOT.glob("hpc/**/*.py"), *ROOT.glob("stages/*.py")))
-STDLIB = sys.stdlib_module_names | {"__future__"}
+STDLIB = sys.stdlib_module_names | {"tomllib"}
+"""tomllib came with 3.11; older ones take tomli."""
 
 HEAVY = {
     *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow", "tritonclient"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from typing import Any, TypeVar
 
@@ -42,6 +41,8 @@ def canonical(value: Any) -> str:
 
 def key_of(*parts: Any) -> str:
     """A short content key of JSON values and bytes: the first 16 hex digits of a sha256."""
+    import hashlib  # 17 ms from an image, and the job's start needs none of it
+
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else canonical(part).encode()

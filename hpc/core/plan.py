@@ -175,7 +175,7 @@ def _one(
         stage.name,
         _without_paths(config, absolute, files),
         [[s.name, s.key] for s in sources],
-        [facts.digest(path) for path in files.values()],
+        [facts.digest(files[text]) for text in stage.files(wish.config)],
         environment.digest,
         facts.source(stage),
     )

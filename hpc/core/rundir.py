@@ -186,13 +186,13 @@ def _scan(path: Path) -> list[os.DirEntry[str]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The document, or None where it isn't there. Files are replaced whole, so there is no half of one."""
+    """The document, or None where it isn't there, or is none: a machine that lost its power can leave an empty file."""
     try:
         with open(path, encoding="utf-8") as file:
-            document: dict[str, Any] = json.load(file)
-            return document
-    except (FileNotFoundError, NotADirectoryError):
+            document = json.load(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    return document if isinstance(document, dict) else None
 
 
 def write_json(path: Path, document: Mapping[str, Any], *, durable: bool = False) -> None:
@@ -210,7 +210,7 @@ def write_text(path: Path, text: str, *, durable: bool = False, mode: int = 0o64
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a text that UTF-8 can't hold
         part.unlink(missing_ok=True)
         raise
 

@@ -108,9 +108,18 @@ def load(name: str) -> Stage:
     names = available()
     if name not in names:
         raise UsageError(f"there is no stage '{name}'", hint=did_you_mean(name, names))
-    stage = importlib.import_module(f"stages.{name}").STAGE
+    try:
+        stage = getattr(importlib.import_module(f"stages.{name}"), "STAGE", None)
+    except (ImportError, SyntaxError) as error:
+        raise HpcError(
+            f"stages/{name}.py cannot be imported: {error}",
+            hint="a stage imports heavy libraries inside run(); a helper's name begins with _",
+        ) from error
     if not isinstance(stage, Stage) or stage.name != name:
-        raise HpcError(f"stages/{name}.py must define STAGE = Stage(name='{name}', …)")
+        raise HpcError(
+            f"stages/{name}.py must define STAGE = Stage(name='{name}', …)",
+            hint="a module that is no stage gets a name that begins with _",
+        )
     return stage
 
 

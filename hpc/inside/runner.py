@@ -10,13 +10,12 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hpc.core import config as configs
-from hpc.core import digest, rundir
+from hpc.core import rundir
 from hpc.core.errors import HpcError
 from hpc.core.stage import STOPPED, Stage, load
 
@@ -72,6 +71,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        import traceback
+
         traceback.print_exc()
         rundir.write_json(attempt.error, {"cause": _sentence(error), "hint": "", "exit_code": 1})
         return 1
@@ -101,6 +102,8 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
 def _write_manifest(
     stage_dir: rundir.StageDir, document: Mapping[str, Any], context: RunContext, started: float
 ) -> None:
+    from hpc.core import digest  # here and not above: each import is read from the image while the user waits
+
     manifest = {
         "schema": "hpc.manifest/1",
         "stage": document["stage"],

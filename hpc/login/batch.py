@@ -58,7 +58,7 @@ def submit_local(placed: Placed) -> dict[str, Any]:
     def start() -> int:
         os.environ["PYTHONPATH"] = str(placed.code)
         os.environ.pop("PYTHONHOME", None)
-        executor = LocalExecutor(folder=placed.scheduler_dir, python=placed.python)
+        executor = LocalExecutor(folder=placed.scheduler_dir, python=shlex.quote(placed.python))
         executor.update_parameters(timeout_min=_NEVER_MIN, gpus_per_node=placed.planned.resources.gpus_per_node)
         return int(executor.submit(enter, placed.job).job_id)
 
@@ -83,7 +83,7 @@ def _slurm_executor(placed: Placed, dependency: str | None) -> Any:
         def affinity(cls) -> int:
             return 2  # a dry run needs no Slurm on this machine
 
-    executor = Executor(folder=placed.scheduler_dir, python=placed.python)
+    executor = Executor(folder=placed.scheduler_dir, python=shlex.quote(placed.python))
     executor._throttling = 0  # it would wait 0.2 s before each submission
     named = shlex.quote(str(placed.scheduler_dir)) + "/${SLURM_JOB_ID}_submitted.pkl"
     setup = [*placed.batch["setup"], f"ln -s {PICKLE} {named} 2>/dev/null || true"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import os
 import sys
@@ -22,7 +23,10 @@ _EXIT_CODES = """exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = None
+    options = argparse.Namespace(json="--json" in arguments)  # until they are read
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a bar or a name that the locale can't write is no reason to fail
+            stream.reconfigure(errors="replace")
     try:
         options = parser().parse_args(arguments)
         if options.command is None:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `hpc logs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except UnicodeEncodeError:
+        return _say("a name or a setting is not UTF-8 text", "check the arguments and the file names", 2, options)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return _say(
@@ -52,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
-def _say(message: str, hint: str, code: int, options: argparse.Namespace | None) -> int:
-    if options is not None and getattr(options, "json", False):
+def _say(message: str, hint: str, code: int, options: argparse.Namespace) -> int:
+    if options.json:
         document = {"schema": "hpc.error/1", "error": message, "hint": hint, "exit_code": code}
         print(json.dumps(document, ensure_ascii=False))
     print(f"error: {message}", file=sys.stderr)

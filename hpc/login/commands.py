@@ -16,7 +16,7 @@ from hpc.core import stage as stage_files
 from hpc.core.errors import NotFound, UsageError, did_you_mean
 from hpc.core.rundir import RunDir, RunsDir
 from hpc.login import view
-from hpc.login.states import Scheduler, StageState, states
+from hpc.login.states import UNKNOWN, Scheduler, StageState, states
 
 _LATEST = 10
 
@@ -88,7 +88,7 @@ def submit(options: argparse.Namespace) -> int:
         return 0
     submission = work.submission
     quiet = options.json or options.wait
-    if submission.todo:
+    if submission.todo or submission.is_new:
         submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
     code = 0
     if options.wait:
@@ -122,7 +122,10 @@ def _status_once(options: argparse.Namespace) -> int:
     if not options.all and not options.run:
         rows, hidden = _recent(rows)
     if options.json:
-        _print_json("hpc.status/1", runs_folder=str(runs.path), **_rows(rows))
+        problem = scheduler.problem
+        said = {"problem": problem.message, "hint": problem.hint} if problem else {}
+        _print_json("hpc.status/1", runs_folder=str(runs.path), **_rows(rows), **said)
+        return problem.exit_code if problem else 0
     elif not rows:
         print(f"no runs in {runs.path}; `hpc submit pipeline` starts one", file=sys.stderr)
     else:
@@ -172,7 +175,12 @@ def logs(options: argparse.Namespace) -> int:
     chosen = next((s for wanted in (_bad, _running) for s in submitted if wanted(s)), submitted[-1])
     attempt = run.stage(chosen.stage).attempt(chosen.attempt)
     print(f"==> {run.id}/{chosen.stage} attempt {chosen.attempt}: {chosen.state} <==", file=sys.stderr)
-    follow.logs(attempt, sys.stdout, lines=options.lines, follow=options.follow and chosen.active)
+
+    def active() -> bool:
+        rows = states([(run, _asked(run))], Scheduler())
+        return any(s.stage == chosen.stage and (s.active or s.state == UNKNOWN) for s in rows)
+
+    follow.logs(attempt, sys.stdout, lines=options.lines, follow=options.follow and chosen.active, active=active)
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from hpc.core import rundir
@@ -117,32 +119,41 @@ def _lines(out: IO[str]) -> Show:
     return show
 
 
-def logs(attempt: AttemptDir, out: IO[str], *, lines: int | None, follow: bool) -> None:
-    """The stage's stdout and stderr; with `follow` until its outcome is there."""
-    files = (attempt.stdout, attempt.stderr)
-    places = {}
-    for path in files:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        places[path] = len(text.encode("utf-8", "replace"))
-        shown = text.splitlines()[-lines:] if lines else text.splitlines()
-        for line in shown:
-            print(line, file=out)
+def logs(
+    attempt: AttemptDir, out: IO[str], *, lines: int | None, follow: bool, active: Callable[[], bool] = lambda: True
+) -> None:
+    """The stage's stdout and stderr; with `follow` until it has ended: its outcome is there, or `active` says no."""
+    files = [_Growing(attempt.stdout), _Growing(attempt.stderr)]
+    for file in files:
+        text = file.more()
+        out.write(text if lines is None else "".join(text.splitlines(keepends=True)[-lines:] if lines > 0 else []))
+    asked_at = time.monotonic()
     while follow:
         ended = attempt.outcome.exists()
-        for path in files:
-            places[path] = _more(path, places[path], out)
+        if not ended and time.monotonic() - asked_at > _ASK_S:
+            ended, asked_at = not active(), time.monotonic()
+        for file in files:
+            out.write(file.more())
         out.flush()
         if ended:
             return
         time.sleep(0.3)
 
 
-def _more(path: object, place: int, out: IO[str]) -> int:
-    try:
-        with open(str(path), "rb") as file:
-            file.seek(place)
-            new = file.read()
-    except FileNotFoundError:
-        return place
-    out.write(new.decode("utf-8", "replace"))
-    return place + len(new)
+class _Growing:
+    """A log that is written to while it is read. A letter of several bytes may be there only in part."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def more(self) -> str:
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._place)
+                new = file.read()
+        except FileNotFoundError:
+            return ""
+        self._place += len(new)
+        return self._decoder.decode(new)

@@ -209,7 +209,10 @@ def _batch(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[st
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
         "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
         # else a job whose input failed would wait for ever
-        "additional_parameters": {"kill-on-invalid-dep": "yes", **site.sbatch},
+        "additional_parameters": {
+            "kill-on-invalid-dep": "yes",
+            **{name: value for name, value in site.sbatch.items() if value is not False},
+        },
     }
     if site.mem:
         parameters["mem"] = f"{asked.mem_gb}GB"

@@ -33,7 +33,7 @@ class Work:
         return {
             "run": work.run.id,
             "new": work.is_new,
-            "site": asdict(self.settings.site),
+            "site": {**asdict(self.settings.site), "env": without_secrets(self.settings.site.env)},
             "notes": list(work.plan.notes),
             "stages": [
                 {

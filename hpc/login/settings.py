@@ -81,6 +81,10 @@ def load(
     env: Mapping[str, str] = os.environ,
 ) -> Settings:
     """All settings; UsageError names the value that is wrong, where it stands, and what was meant."""
+    for flag in flags:
+        for name, option in (("site", "--site NAME"), ("runs", "HPC_RUNS=FOLDER")):
+            if name in flag.table and not isinstance(flag.table[name], Mapping):
+                raise UsageError(f"{flag.origin}: {name} is not set this way", hint=f"use {option}")
     layers = [
         Layer(str(project.file or FILE), project.tables),
         Layer("environment", environment(env)),
@@ -162,12 +166,16 @@ def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
     names: Any = list(_DEFAULT_PIPELINE)
     for layer in layers:
         table = layer.table.get("pipeline", {})
+        if not isinstance(table, Mapping):
+            raise UsageError(f"{layer.origin}: pipeline must be a table", hint='[pipeline] stages = ["prepare", …]')
         names = table.get("stages", names)
         for key in table:
             if key != "stages":
                 raise UsageError(f"{layer.origin}: pipeline has no '{key}'", hint="it has: stages")
     if isinstance(names, str):
         names = names.split(",")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"pipeline.stages = {names!r} is no list of names", hint='stages = ["prepare", "finetune"]')
     for name in names:
         stages.load(name)
     if len(set(names)) != len(names):
@@ -234,7 +242,10 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
             if field in tables:
                 if not isinstance(value, Mapping):
                     raise UsageError(f"{layer.origin}: {stage.name}.{field} must be a table", hint=_TABLES[field])
+                if not all(isinstance(v, str | int | float) for v in value.values()):
+                    raise UsageError(f"{layer.origin}: {stage.name}.{field} holds single values", hint=_TABLES[field])
                 tables[field].update(value)
+                origins.update({f"{stage.name}.{field}.{key}": layer.origin for key in value})
             else:
                 values[field] = value
     config = dict(_checked(stage.name, stage.config, values, origins))
@@ -245,7 +256,7 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
             hint=f"write it in {FILE}: [{stage.name}] {missing[0]} = …, or give --set {stage.name}.{missing[0]}=…",
         )
     resources = f"{stage.name}.resources"
-    overrides = dict(_checked(resources, Resources, tables["resources"], origins, resources))
+    overrides = dict(_checked(resources, Resources, tables["resources"], origins))
     try:
         return Wish(stage=stage, config=stage.config(**config), overrides=overrides, sbatch=tables["sbatch"])
     except ValueError as error:  # a __post_init__ that refuses a contradiction
@@ -260,14 +271,14 @@ _TABLES = {
 
 
 def _checked(
-    table: str, kind: type[Any], values: Mapping[str, Any], origins: Mapping[str, str], origin: str = ""
+    table: str, kind: type[Any], values: Mapping[str, Any], origins: Mapping[str, str]
 ) -> Iterator[tuple[str, Any]]:
     """(field, value) with each value checked against the dataclass, field by field."""
     import msgspec
 
     hints = _fields(kind)
     for field, value in values.items():
-        where = origins.get(origin or f"{table}.{field}", FILE)
+        where = origins.get(f"{table}.{field}", FILE)
         if field not in hints:
             raise UsageError(f"{where}: {table} has no setting '{field}'", hint=did_you_mean(field, list(hints)))
         hint = hints[field]
@@ -284,7 +295,8 @@ def _as_typed(value: Any, hint: Any) -> Any:
     """A list may be typed as `a,b`, and a text that looks like a number is a text."""
     if isinstance(value, str) and typing.get_origin(hint) is tuple:
         return value.split(",") if value else []
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    texts = hint is str or set(typing.get_args(hint)) == {str, type(None)}
+    if texts and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value
 

@@ -55,7 +55,8 @@ class Accounted:
 def run(argv: Sequence[str], timeout_s: float = 60) -> str:
     """The program's output. RuntimeUnavailable, with Slurm's own words and what to do, where it fails."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout_s, env=program_env(os.environ))
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace",
+                              timeout=timeout_s, env=program_env(os.environ))  # fmt: skip
     except FileNotFoundError:
         raise RuntimeUnavailable(
             f"{argv[0]} is not on this machine",
@@ -227,10 +228,10 @@ def minutes(text: str) -> int | None:
     """
     if text.lower() in {"infinite", "unlimited", "n/a", "not_set", "partition_limit"}:
         return None
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", text, re.ASCII):
+        raise ValueError(text)
     days, dash, rest = text.rpartition("-")
     parts = [int(p) for p in rest.split(":")]
-    if len(parts) > 3 or any(p < 0 for p in parts):
-        raise ValueError(text)
     if dash:
         hours, mins, secs = [*parts, 0, 0][:3]
     elif len(parts) == 3:

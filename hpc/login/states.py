@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -63,11 +63,19 @@ class StageState:
         return self.state in ACTIVE
 
 
+def _me() -> str:
+    """The name that Slurm knows us by: LOGNAME and USER may be another's after su or sudo."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
 @dataclass
 class Scheduler:
     """Slurm's answers for one call of `hpc`, asked for at most once each."""
 
-    user: str = field(default_factory=getpass.getuser)
+    user: str = field(default_factory=_me)
     call: slurm.Run = slurm.run
     problem: HpcError | None = None
     """Set where Slurm could not be asked."""
@@ -136,6 +144,10 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
     job = submitted.job
     if not job:
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
+    if "reused" in job and not RunDir(submitted.run.path.parent / job["reused"]).stage(submitted.stage_dir.name).done(
+        submitted.key
+    ):
+        return _base(submitted, state=NOT_SUBMITTED, reason=f"its result in {job['reused']} is gone: submit again")
     if "reused" in job:
         return _base(submitted, state="COMPLETED", reused=job["reused"], reason=f"taken from {job['reused']}")
     attempt = submitted.stage_dir.attempt(job["attempt"])
@@ -185,20 +197,22 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
 
 def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | None = None) -> StageState:
     """From outcome.json; where Slurm knows a definite cause that the node could only guess, Slurm's word."""
-    state = ended["state"]
-    if state != "COMPLETED" and slurm_says in {"TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL"}:
-        state = slurm_says
+    state, reason, hint = ended["state"], ended.get("cause", ""), ended.get("hint", "")
+    resumable = ended.get("resumable", False)
+    if state != "COMPLETED" and slurm_says in _DEFINITE and slurm_says != state:
+        state, (reason, hint) = slurm_says, _ENDS[slurm_says]
+        resumable = state in _RESUMABLE
     elif state == "COMPLETED" and not os.path.exists(submitted.stage_dir.manifest):
-        state = "FAILED"
+        state, reason, hint = "FAILED", "its manifest.json is gone", "submit again"
     return _base(
         submitted,
         state=state,
-        reason=ended.get("cause", ""),
-        hint=ended.get("hint", ""),
+        reason=reason,
+        hint=hint,
         node=ended.get("host", ""),
         elapsed_s=ended["ended"] - ended["started"],
         exit_code=ended.get("exit_code"),
-        resumable=ended.get("resumable", False),
+        resumable=resumable,
     )
 
 
@@ -240,10 +254,12 @@ def _without_outcome(submitted: _Submitted, attempt: rundir.AttemptDir, state: s
     reason, hint = _ENDS.get(state, ("", "`hpc logs` shows what is known"))
     if state == "CANCELLED" and not attempt.events.exists():
         reason, hint = "cancelled before it began: by hand, or because its input failed", ""
-    resumable = state in {"TIMEOUT", "PREEMPTED", "NODE_FAIL"}
+    resumable = state in _RESUMABLE
     return _base(submitted, state=state, reason=reason, hint=hint, node=node, resumable=resumable)
 
 
+_RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL"}
+_DEFINITE = {*_RESUMABLE, "OUT_OF_MEMORY"}
 _ENDS = {
     "TIMEOUT": ("the time limit was reached", "submit again: it goes on from its last checkpoint"),
     "OUT_OF_MEMORY": (

@@ -92,7 +92,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
     runs = RunsDir(settings.project.runs)
     code = snapshot.digest()
     everything = list(runs.runs())
-    found = _unfinished_same(plan, everything, code)
+    found = _same(plan, everything, code)
     run = found or runs.next(target)
     standing = _standing(run, plan, everything, scheduler) if found else {}
     reused = {
@@ -159,13 +159,22 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
     return timings
 
 
-def _unfinished_same(plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str) -> RunDir | None:
-    """The newest run of mine that asked for the same results with the same code."""
+def _same(plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], code: str) -> RunDir | None:
+    """The newest run of mine that asked for the same results: with the same code, or with all of them there."""
     for run, asked in everything:
         same = all(asked["keys"].get(name) == key for name, key in plan.keys.items())
-        if same and asked.get("code") == code and asked.get("uid") == os.getuid():
+        if same and asked.get("uid") == os.getuid() and (asked.get("code") == code or _all_done(run, plan)):
             return run
     return None
+
+
+def _all_done(run: RunDir, plan: Plan) -> bool:
+    return all(run.stage(n).done(k) or _reuses(run.stage(n), k) for n, k in plan.keys.items())
+
+
+def _reuses(folder: StageDir, key: str) -> bool:
+    job = rundir.read_json(folder.job) or {}
+    return "reused" in job and job["key"] == key
 
 
 def _standing(
@@ -223,8 +232,8 @@ def _write_run(work: Submission, settings: Settings) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise HpcError(
-                    f"another hpc submit made {run.id} at this moment", hint="the same command again"
+                raise RuntimeUnavailable(
+                    f"{run.id} is being submitted by another hpc at this moment", hint="the same command again"
                 ) from error
             raise UsageError(
                 f"the run folder {run.path} cannot be written: {error.strerror}",

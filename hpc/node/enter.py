@@ -63,6 +63,7 @@ def enter(job: Job) -> None:
         result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
+    watch.over = True
     watch.record(result)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
@@ -76,6 +77,8 @@ class _Watch:
     def __init__(self, job: Job, attempt: rundir.AttemptDir) -> None:
         self.child: subprocess.Popen[bytes] | None = None
         self.signals: list[int] = []
+        self.over = False
+        """The end is known: a signal that comes now changes nothing."""
         self.started = time.time()
         self._job = job
         self._attempt = attempt
@@ -114,7 +117,7 @@ class _Watch:
         rundir.write_json(self._attempt.outcome, document, durable=True)
 
     def _received(self, number: int, frame: object) -> None:
-        if number == signal.SIGCONT or number in self.signals:
+        if number == signal.SIGCONT or number in self.signals or self.over:
             return
         self.send(signal.SIGTERM if number == signal.SIGINT else number)
         asked = self.asked()
@@ -288,4 +291,5 @@ def _hub_token() -> dict[str, str]:
 
 
 def _job_id() -> str:
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or str(os.getpid())
+    """The job's own id; a local one may run inside an allocation."""
+    return os.environ.get("SUBMITIT_LOCAL_JOB_ID") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,8 @@ PASSES = (
 """Job variables that reach the container, by name or pattern. Everything else of the host stays outside."""
 
 _SECRETS = ("*TOKEN*", "*SECRET*", "*PASSWORD*", "*_KEY")
+_LOGIN = re.compile(r"//[^/@\s]+@")
+"""user:password in a URL, as in HTTPS_PROXY."""
 
 
 @dataclass(frozen=True)
@@ -129,4 +132,7 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     >>> without_secrets({"HF_TOKEN": "hf_x", "TZ": "UTC"})
     {'HF_TOKEN': '(not shown)', 'TZ': 'UTC'}
     """
-    return {k: "(not shown)" if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else v for k, v in env.items()}
+    return {
+        k: "(not shown)" if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else _LOGIN.sub("//(not shown)@", v)
+        for k, v in env.items()
+    }

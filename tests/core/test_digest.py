@@ -130,3 +130,10 @@ def test_very_large_file_is_announced(tmp_path: Path, store: Path, monkeypatch: 
     said: list[str] = []
     Digests(store, said.append).of(file)
     assert said == [f"reading {file} (1.0 GiB) once, to know its content"]
+
+
+def test_cache_that_is_broken_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "digests.json").write_text("{")
+    file = tmp_path / "f"
+    file.write_bytes(LARGE)
+    assert Digests(tmp_path / "digests.json").of(file) == sha256(file)

@@ -119,6 +119,11 @@ def test_key_sees_the_order_of_files() -> None:
     assert keys(world, data=("a", "b")) != keys(world, data=("b", "a"))
 
 
+def test_key_sees_a_file_that_is_named_twice() -> None:
+    world = FakeFacts(files={"a": "1"})
+    assert keys(world, data=("a",)) != keys(world, data=("a", "a"))
+
+
 def test_key_does_not_see_resources() -> None:
     few = planned([wish(make("prepare"), resources={"cpus_per_task": 1})], ["prepare"]).keys
     many = planned([wish(make("prepare"), resources={"cpus_per_task": 64})], ["prepare"]).keys

@@ -42,6 +42,12 @@ def test_written_document_comes_back(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f.json"], "no part is left"
 
 
+@pytest.mark.parametrize("text", ["", "{", "null", "[]"])
+def test_file_that_holds_no_document_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f.json").write_text(text)
+    assert read_json(tmp_path / "f.json") is None
+
+
 @pytest.mark.parametrize("name", ["none.json", "none/none.json", "file/none.json"])
 def test_document_that_is_not_there_is_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")

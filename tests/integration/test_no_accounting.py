@@ -52,13 +52,15 @@ def test_states_are_right_without_accounting(project: Project) -> None:
 def test_a_job_that_slurm_forgot_without_a_trace_is_lost_and_can_be_submitted_again(project: Project) -> None:
     toml = project.folder / "sites" / "slurm-test.toml"
     project.write("sites/slurm-test.toml", toml.read_text().replace('account = "research"\n', ""))
-    run = submit(project, "first", "--set", "first.seconds=60")
-    job = project.until(lambda f: f["first"]["state"] == "RUNNING", run)["first"]["job_id"]
-    project.cluster.run("alice", "scancel", "-s", "KILL", "-f", job)
-    project.until(ended("first"), run)
-    project.cluster.down()  # the controller's state is kept, its memory of ended jobs is not asked for again
+    settings = ("first", "--set", "first.sbatch={hold = true}")
+    run = submit(project, *settings)
+    assert project.states(run)["first"]["state"] == "PENDING"
+    project.cluster.down()
     project.cluster.forget_jobs()
     project.cluster.up()
     assert project.states(run)["first"]["state"] == "LOST"
-    again = project.hpc("submit", "first", "--set", "first.seconds=60")
+    # job ids have started again: another job now has the number that the lost one had
+    again = project.hpc("submit", *settings)
     assert "submitted" in again.stdout
+    found = project.states(run)["first"]
+    assert (found["state"], found["attempt"]) == ("PENDING", 2)

@@ -15,6 +15,8 @@ from hpc import __version__
 from hpc.core import errors
 from hpc.core.errors import HpcError
 from hpc.login import cli, commands
+from hpc.login.states import Scheduler
+from tests.login.test_states import World
 
 VERBS = sorted(cli.COMMANDS)
 
@@ -209,3 +211,29 @@ def test_stages_lists_what_each_consumes_and_produces() -> None:
     assert rows["STAGE"].split() == ["STAGE", "CONSUMES", "PRODUCES", "ENVIRONMENT", "WHAT", "IT", "DOES"]
     assert rows["prepare"].split()[1:3] == ["-", "dataset"]
     assert "hf_model" in rows["merge"]
+
+
+def test_wrong_usage_is_a_document_too_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--json", "--bogus"]) == 2
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+
+
+def test_status_is_one_document_while_slurm_is_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], project: Path
+) -> None:
+    world = World(project / "runs")
+    world.job(world.run())
+    world.down = {"squeue", "sacct"}
+    monkeypatch.setattr(commands, "Scheduler", lambda: Scheduler(user="alice", call=world))
+    assert cli.main(["status", "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["stages"][0]["state"] == "UNKNOWN"
+    assert "Unable to contact" in found["problem"]
+
+
+def test_run_whose_file_is_empty_is_passed_over(capsys: pytest.CaptureFixture[str], project: Path) -> None:
+    """What a machine that lost its power may leave."""
+    world = World(project / "runs")
+    world.run("pipeline-1")
+    (world.run("pipeline-2").run).write_text("")
+    assert {s["run"] for s in document(capsys, "status")["stages"]} == {"pipeline-1"}

@@ -143,3 +143,13 @@ def test_script_is_what_bash_can_read() -> None:
 def test_making_a_script_writes_nothing() -> None:
     batch.script(placed(CASES["plain"]), None)
     assert not Path("/shared/alice/runs").exists()
+
+
+def test_python_with_blanks_in_its_path_is_one_word() -> None:
+    case = CASES["plain"]
+    one = placed(replace(case, site=replace(case.site, python="/my python/bin/python3")))
+    assert "'/my python/bin/python3' -u -m" in batch.script(one, None)
+
+
+def test_option_that_is_false_is_left_out() -> None:
+    assert "exclusive" not in batch.script(placed(replace(CASES["all-options"], sbatch={"exclusive": False})), None)

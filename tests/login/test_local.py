@@ -378,3 +378,36 @@ def test_missing_environment_is_3_and_names_what_to_build(local: Local) -> None:
     assert "the environment 'train' is not there" in done.stderr
     assert "containers/train.def" in done.stderr
     assert not (local.folder / "runs" / "first-1").exists()
+
+
+def test_module_that_is_no_stage_is_named(local: Local, tmp_path: Path) -> None:
+    local.packages = shutil.copytree(local.packages, tmp_path / "packages")
+    for name, text in {"helper": "", "broken": "def (", "heavy": "import not_installed"}.items():
+        file = local.packages / "stages" / f"{name}.py"
+        file.write_text(text)
+        done = local.hpc("stages", code=1)
+        assert done.stderr.startswith(f"error: stages/{name}.py ")
+        file.unlink()
+
+
+def test_terminal_without_our_letters_is_no_error(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=5")
+    local.running("first-1/first")
+    until(lambda: (local.json("status")["stages"][0]["done"] or 0) > 0, "progress")
+    assert "RUNNING" in local.hpc("status", env={"PYTHONIOENCODING": "latin-1"}).stdout
+
+
+def test_argument_that_is_not_utf8_is_2(local: Local) -> None:
+    assert "not UTF-8" in local.hpc("submit", "first", "--set", "first.message=caf\udce9", code=2).stderr
+
+
+def test_local_jobs_id_is_its_own_inside_an_allocation(local: Local) -> None:
+    local.hpc("submit", "first", "--wait", env={"SLURM_JOB_ID": "4711"})
+    outcome = local.read("first-1/first/attempt-1/outcome.json")
+    assert outcome["job_id"] == local.read("first-1/first/job.json")["job_id"]
+
+
+def test_plan_shows_no_secret_of_the_site(local: Local) -> None:
+    (local.folder / "sites").mkdir()
+    (local.folder / "sites" / "s.toml").write_text('extends = "local"\nenv = { NGC_API_KEY = "s3cret" }\n')
+    assert "s3cret" not in local.hpc("plan", "--site", "s", "--json").stdout

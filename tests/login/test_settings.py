@@ -328,3 +328,30 @@ def test_wrong_site_profile_is_named(settings: Load, profile: str, sentence: str
     error = refusal(settings, files={"sites/mine.toml": profile}, site="mine")
     assert sentence in error.message
     assert hint in error.hint
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("pipeline = ['merge']", "pipeline must be a table"),
+        ("[pipeline]\nstages = 3", "pipeline.stages = 3 is no list of names"),
+        ("[pipeline]\nstages = [1]", "pipeline.stages = [1] is no list of names"),
+        ("[finetune]\nsbatch = { exclude = ['a'] }", "finetune.sbatch holds single values"),
+    ],
+)
+def test_value_of_the_wrong_shape_is_named(settings: Load, toml: str, sentence: str) -> None:
+    assert sentence in refusal(settings, toml).message
+
+
+@pytest.mark.parametrize(("text", "hint"), [("site=slurm", "use --site NAME"), ("runs=/x", "use HPC_RUNS=FOLDER")])
+def test_set_of_what_is_not_set_this_way_is_not_ignored(settings: Load, text: str, hint: str) -> None:
+    assert refusal(settings, "", text).hint == hint
+
+
+def test_account_that_is_a_number_is_text(settings: Load) -> None:
+    assert settings("", "site.account=12345").site.account == "12345"
+
+
+def test_wrong_resource_names_the_file_though_a_flag_sets_another(settings: Load) -> None:
+    error = refusal(settings, "[finetune]\nresources = { mem_gbb = 1 }", "finetune.resources.time_min=5")
+    assert "hpc.toml: finetune.resources has no setting 'mem_gbb'" in error.message

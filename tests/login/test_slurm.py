@@ -172,7 +172,9 @@ def test_minutes_of_slurms_time(text: str, value: int | None) -> None:
     assert minutes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "abc", "1:2:3:4", "1-", "1.5", "1h", "-", ":", "1:", "1:-5", "--1"])
+@pytest.mark.parametrize(
+    "text", ["", "abc", "1:2:3:4", "1-", "1.5", "1h", "-", ":", "1:", "1:-5", "--1", "-5", "-1:00", "+5", "1_0", "１"]
+)
 def test_minutes_refuses_what_is_no_time(text: str) -> None:
     with pytest.raises(ValueError):
         minutes(text)
@@ -387,3 +389,8 @@ def test_environment_of_this_process_stays_as_it_is() -> None:
     before = dict(os.environ)
     program_env(os.environ)
     assert dict(os.environ) == before
+
+
+def test_answer_that_is_not_utf8_is_read_all_the_same(program: Path) -> None:
+    script(program, r"printf '1|RUNNING|None|5|4|1:00|n1|caf\351\n'")
+    assert slurm.queue("alice")["1"].state == "RUNNING"

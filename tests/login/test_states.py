@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -362,3 +363,20 @@ def test_local_stage_never_asks_slurm(world: World) -> None:
     local(world)
     world.all()
     assert world.asked == []
+
+
+@pytest.mark.parametrize("state", ["TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL"])
+def test_slurms_word_brings_its_own_reason(world: World, state: str) -> None:
+    ended(world.job(world.run()).attempt(1), "CANCELLED", cause="it was cancelled, or preempted")
+    world.shows(state)
+    assert (world.one().reason, world.one().resumable) == next((r, again) for s, r, again in ENDS if s == state)
+
+
+def test_completed_without_its_manifest_says_why_it_does_not_count(world: World) -> None:
+    ended(world.job(world.run()).attempt(1), "COMPLETED", cause="")
+    assert world.one().reason == "its manifest.json is gone"
+
+
+def test_user_is_whom_slurm_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    assert Scheduler().user == pwd.getpwuid(os.getuid()).pw_name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -422,3 +423,16 @@ def test_comment_of_a_stage_is_the_same_each_time_it_is_computed(cluster: Cluste
     """It is what finds the job again."""
     one, two = cluster.prepare(), cluster.prepare()
     assert [p.comment for p in one.placed] == [p.comment for p in two.placed]
+
+
+def test_result_that_was_taken_over_and_is_gone_is_made_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = finished_by_other_code(cluster, monkeypatch, "prepare")
+    cluster.submit()
+    for one in cluster.jobs.values():
+        one["state"] = "CANCELLED"
+    shutil.rmtree(old.path)
+    cluster.submitted.clear()
+    cluster.submit()
+    assert [n for n, _ in cluster.submitted] == NAMES

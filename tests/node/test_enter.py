@@ -230,6 +230,18 @@ def test_interrupt_is_a_request_to_end(node: Node) -> None:
     assert "got SIGTERM" in node.stdout
 
 
+def test_signals_go_to_the_thread_that_acts_on_them(node: Node) -> None:
+    """CONT and TERM together: the kernel may give the second one to another thread, if that one takes it."""
+    process = node.start(node.job(listener(signal.SIGTERM)))
+    until(node.attempt.heartbeat.exists, "the heartbeat's thread")
+    threads = [t for t in Path(f"/proc/{process.pid}/task").iterdir() if t.name != str(process.pid)]
+    assert threads
+    for thread in threads:
+        blocked = int((thread / "status").read_text().partition("SigBlk:")[2].split()[0], 16)
+        heard = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGCONT)
+        assert [n.name for n in heard if not blocked >> (n - 1) & 1] == []
+
+
 def test_cont_changes_nothing(node: Node) -> None:
     process = node.start(node.job(listener(signal.SIGTERM)))
     node.ready()
@@ -419,3 +431,18 @@ def test_name_with_blanks_and_brackets_is_read(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_signal_that_comes_while_the_end_is_written_changes_nothing(node: Node) -> None:
+    """On a slow file system the outcome takes a while to be on the disk, and the time limit may come then."""
+    file = node.stage.path / "job.pickle"
+    file.write_bytes(pickle.dumps(node.job("pass")))
+    code = (
+        "import os, pickle, signal\nreal = os.fsync\n"
+        "def slow(descriptor):\n    os.kill(os.getpid(), signal.SIGTERM)\n    real(descriptor)\n"
+        "os.fsync = slow\nfrom hpc.node.enter import enter\n"
+        f"enter(pickle.load(open({str(file)!r}, 'rb')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert node.outcome["state"] == "COMPLETED"

@@ -150,3 +150,8 @@ def test_site_may_pass_further_variables_by_pattern() -> None:
 )
 def test_secret_is_not_written_down(name: str) -> None:
     assert without_secrets({name: "x", "TZ": "UTC"}) == {name: "(not shown)", "TZ": "UTC"}
+
+
+def test_login_in_the_address_of_a_proxy_is_not_written_down() -> None:
+    env = {"HTTPS_PROXY": "http://me:s3cret@proxy:3128", "HF_ENDPOINT": "https://hub.example/a@b"}
+    assert without_secrets(env) == {**env, "HTTPS_PROXY": "http://(not shown)@proxy:3128"}

@@ -1,0 +1,56 @@
+"""`hpc logs -f`: what is printed is what was written, once, until the stage has ended."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc.core.rundir import AttemptDir
+from hpc.login import follow
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"a\r\nb\r\n", b"c\n"),
+        (b"bad \xff\xfe\xfd bytes\n", b"c\n"),
+        (b"10%\r20%\r", b"30%\n"),
+        (b"half", b" whole\n"),
+        ("한".encode()[:2], "한".encode()[2:] + b"\n"),
+        (b"", b"c\n"),
+    ],
+)
+def test_followed_log_is_the_file(tmp_path: Path, before: bytes, after: bytes) -> None:
+    attempt, out = AttemptDir(tmp_path), io.StringIO(newline="")
+    attempt.stdout.write_bytes(before)
+
+    def later() -> None:
+        time.sleep(0.4)  # the follower has read what was there
+        with open(attempt.stdout, "ab") as file:
+            file.write(after)
+        attempt.outcome.write_text("{}")
+
+    writer = threading.Thread(target=later)
+    writer.start()
+    follow.logs(attempt, out, lines=None, follow=True)
+    writer.join()
+    assert out.getvalue() == (before + after).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(("lines", "text"), [(None, "a\nb\nc\n"), (2, "b\nc\n"), (9, "a\nb\nc\n"), (0, "")])
+def test_last_lines(tmp_path: Path, lines: int | None, text: str) -> None:
+    attempt, out = AttemptDir(tmp_path), io.StringIO()
+    attempt.stdout.write_text("a\nb\nc\n")
+    follow.logs(attempt, out, lines=lines, follow=False)
+    assert out.getvalue() == text
+
+
+def test_following_ends_with_a_job_that_left_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "_ASK_S", 0.1)
+    asked = iter([True, False])
+    follow.logs(AttemptDir(tmp_path), io.StringIO(), lines=None, follow=True, active=lambda: next(asked))
+    assert list(asked) == []
