@@ -150,6 +150,8 @@ def _staging(planned: Planned, ground: Ground) -> Staging | None:
         source=image.path,
         sha256=image.digest,
         target=target_of(ground.scratch, image.digest, ground.uid),
+        slots=str(ground.cache / "staging" / image.digest[:16]),
+        readers=ground.site.stage_readers,
         limit_gb=ground.site.staged_gb,
     )
 

@@ -135,7 +135,7 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         return _run_container(job, attempt, watch)
 
     def tell(done: int, total: int, rate: float) -> None:
-        message = f"{rate / 1e9:.1f} GB/s"
+        message = f"{rate / 1e9:.1f} GB/s" if rate else "waits for its turn to copy the image"
         rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
 
     with staged(job.staging, tell):
