@@ -36,6 +36,8 @@ class Site:
     """The folder of NAME/bin/python, for environments without an image."""
     environments: Mapping[str, str] = field(default_factory=dict)
     """Environment name -> its SIF, or its venv folder, where it lies elsewhere."""
+    verify_key: str | None = None
+    """A public key in PEM: images that bear no good signature of it are refused."""
     apptainer: str | None = None
     """The container program; None: `apptainer`, else `singularity`, from the node's PATH."""
     binds: tuple[str, ...] = ()
