@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class ImageLock:
         if found != self.sha256:
             raise VerificationFailed(
                 f"{image} is not the image that {of(image).name} records: its sha256 is {found}, not {self.sha256}",
-                hint=f"build or pull it again: hpc images build {image.stem} --force",
+                hint=f"make it again: hpc images {'pull' if self.made == 'pulled' else 'build'} {image.stem} … --force",
             )
 
 
@@ -96,6 +97,14 @@ def write(image: Path, lock: ImageLock) -> None:
         at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )  # fmt: skip
     rundir.write_json(of(image), document, durable=True)
+
+
+def renew(image: Path, lock: ImageLock) -> None:
+    """Record how the file looks now: its content was found to be what the lock says, e.g. after it was moved."""
+    document = rundir.read_json(of(image))
+    if document is not None and not lock.untouched(image):
+        with suppress(OSError):  # another user's image
+            rundir.write_json(of(image), {**document, "stat": look(image)})
 
 
 def digest(image: Path, hash_file: Callable[[Path], str]) -> str:

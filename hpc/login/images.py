@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
              r["path"])
             for r in rows
         ]  # fmt: skip
-        view.table(("NAME", "STATE", "SIZE", "VERSIONS", "PATH"), shown)
+        view.table(("NAME", "STATE", "SIZE", "VERSIONS", "PATH"), shown, sys.stdout)
     return {"folder": str(folder) if folder else None, "images": rows}
 
 
@@ -120,8 +121,7 @@ def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
         rows.append({"path": str(image), "ok": not problem, "problem": problem, "signature_checked": signed is not None,
                      "sha256": lock.sha256 if lock else None})  # fmt: skip
         if not options.json:
-            good = "ok, signed" if key else "ok"
-            print(f"{image}: {problem or good}", flush=True)
+            print(problem or f"{image}: {'ok, signed' if key else 'ok'}", flush=True)
     return {"images": rows}
 
 
@@ -137,6 +137,7 @@ def _check(image: Path, key: Path | None, settings: Settings) -> None:
         if image.stat().st_size > 1 << 30:
             _say(f"reading {image} ({_size(image.stat().st_size)})")
         lock.refuse(image, sha256(image))
+        imagelock.renew(image, lock)
     if key is not None:
         images.Apptainer(images.find(settings.site.apptainer), Path()).verify(image, key)
 
@@ -147,6 +148,8 @@ _VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "verify"
 def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) -> Maker:
     """Who makes images here: program, folders and a workspace that goes when the stack closes."""
     folder = _folder(options, settings)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end as for Ctrl-C: Apptainer too, and nothing half made is left
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     images.require_spython()
     program = images.find(settings.site.apptainer)
     try:
