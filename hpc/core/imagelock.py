@@ -122,5 +122,4 @@ def install(part: Path, image: Path) -> None:
     """Put a complete file in the place of an image in one step. Its lock is written next."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
-    os.chmod(part, 0o644)
     os.replace(part, image)

@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +108,7 @@ class Maker:
         with self._alone(image):
             lock = imagelock.read(image)
             part = self._part(image)
-            shutil.copyfile(image, part)
+            shutil.copy(image, part)
             if lock is not None:
                 lock.refuse(image, sha256(part))
             self.apptainer.sign(part, key)
@@ -172,15 +172,12 @@ class Maker:
         minor = version.rpartition(".")[0]
         program = recipes.python(minor)
         self.say(f"{recipe.name}: wheels for Python {minor}")
+        work = self.apptainer
 
-        def run(argv: list[str]) -> int:
-            work = self.apptainer
-            code = images.run(argv, work.log, work.tell, env=os.environ, cwd=folder)
-            if code:
-                self.say("\n".join(work.log.read_text(errors="replace").splitlines()[-12:]))
-            return code
+        def run(argv: Sequence[str]) -> int:
+            return images.run(argv, work.log, work.tell, env=os.environ, cwd=folder)
 
-        return recipes.wheels(recipe.requirements, folder / "wheels", program, lambda argv: run(list(argv)))
+        return recipes.wheels(recipe.requirements, folder / "wheels", program, run, work.log)
 
     def _refuse_small(self, base: Path | None, wheels: str | None) -> None:
         parts = sum(p.stat().st_size for p in Path(wheels).glob("*.whl")) if wheels else 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from hpc.core.assets import CONTAINERS
 from hpc.core.digest import sha256
 from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError, did_you_mean
+from hpc.core.rundir import tail
 
 FILLED = ("base", "wheels", "mirror")
 Run = Callable[[Sequence[str]], int]
@@ -140,13 +141,25 @@ def _minor(program: str) -> str:
         return ""
 
 
-def wheels(requirements: Path, folder: Path, program: str, run: Run) -> Path:
+def wheels(requirements: Path, folder: Path, program: str, run: Run, log: Path) -> Path:
     """A folder with a wheel of each requirement, and pip's own: the build then needs no network."""
     pip = with_pip(program, folder.with_name("pip"), run)
     argv = [pip, "-m", "pip", "wheel", "--use-pep517", "--progress-bar", "off", "--wheel-dir", str(folder)]
     if run([*argv, *pip_args(), "pip", "-r", str(requirements)]):
-        raise HpcError(f"the wheels of {requirements.name} cannot be fetched", hint="PIP_ARGS has options for pip")
+        raise pip_failed(log, requirements, "fill a folder with `pip wheel` there, bring it: --build-arg wheels=FOLDER")
     return folder
+
+
+def pip_failed(log: Path, requirements: Path, way_out: str) -> HpcError:
+    """What a failure of pip means: no index is in reach, or what it printed last."""
+    lines = tail(log)
+    if any("NewConnectionError" in line or "Failed to establish a new connection" in line for line in lines):
+        return RuntimeUnavailable(
+            f"no package index can be reached from this machine for {requirements.name}",
+            hint=f"PIP_ARGS names another index; or do it where one can be reached: {way_out}",
+        )
+    said = "\n  ".join(lines[-12:])
+    return HpcError(f"pip cannot fetch {requirements.name}:\n  {said}", hint="PIP_ARGS has options for pip")
 
 
 def with_pip(program: str, folder: Path, run: Run) -> str:

@@ -60,7 +60,8 @@ def _install(requirements: Path, venv: Path, work: Path, tell: Callable[[str], N
         code = run(sys.executable, "-m", "venv", "--without-pip", str(venv))
         pip = [sys.executable, "-m", "pip", "--python", str(venv / "bin" / "python")]
     pip = [*pip, "install", "--no-compile", "--progress-bar", "off", "--no-input", *recipes.pip_args()]
-    if code or run(*pip, "-r", str(requirements)):
-        lines = (work / "log").read_text(errors="replace").splitlines()[-12:]
-        said = "\n  ".join(lines)
-        raise HpcError(f"{venv.name} cannot be made:\n  {said}", hint="PIP_ARGS in the environment has options for pip")
+    if code:
+        raise HpcError(f"{sys.executable} can make no venv", hint="on Debian: apt-get install python3-venv")
+    if run(*pip, "-r", str(requirements)):
+        way_out = "fill a folder with `pip wheel` there, bring it: PIP_ARGS='--no-index --find-links FOLDER'"
+        raise recipes.pip_failed(work / "log", requirements, way_out)
