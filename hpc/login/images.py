@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ def run(options: argparse.Namespace) -> tuple[int, str, Answer]:
     """The exit code, the document's schema, and the document. What a person reads is printed unless --json is given."""
     settings = load(locate(), site=options.site)
     verb = options.verb or "list"
+    if verb in {"build", "pull"} and not re.fullmatch(r"\w[\w.-]*", options.name):
+        raise UsageError(f"'{options.name}' is no name for an environment", hint="letters, digits, - and . make one")
     document = _VERBS[verb](options, settings)
     code = VerificationFailed.exit_code if verb == "verify" and not all(r["ok"] for r in document["images"]) else 0
     return code, f"hpc.images.{verb}/1", document
@@ -70,7 +73,7 @@ def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
 def _build(options: argparse.Namespace, settings: Settings) -> Answer:
     root = settings.project.root
     if options.kind == "venv":
-        folder = root / expand(options.to or settings.site.venvs)
+        folder = Path(expand(options.to)).absolute() if options.to else root / expand(settings.site.venvs)
         made = venvs.build(options.name, recipes.pinned(options.name, root), folder, _say, force=options.force)
         return _told(options, {"name": options.name, "kind": "venv", "path": str(made)})
     with ExitStack() as stack:
@@ -84,7 +87,7 @@ def _argument(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--build-arg {text}: not NAME=VALUE", hint="for example --build-arg mirror=URL")
-    return name, str(Path(value).absolute()) if Path(value).exists() else value
+    return name, str(Path(value).absolute()) if name in {"base", "wheels"} else value
 
 
 def _pull(options: argparse.Namespace, settings: Settings) -> Answer:
@@ -107,8 +110,10 @@ def _sign(options: argparse.Namespace, settings: Settings) -> Answer:
 def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
     folder = _folder(options, settings)
     chosen = [_image(n, options, settings) for n in options.names] if options.names else list(_sifs(folder))
-    named = options.key or settings.site.verify_key
-    key = settings.project.root / expand(named) if named else None
+    demanded = settings.site.verify_key
+    key = settings.project.root / expand(demanded) if demanded else None
+    if options.key:
+        key = Path(options.key).absolute()
     rows = []
     for image in chosen:
         problem = ""

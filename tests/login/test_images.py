@@ -166,6 +166,7 @@ def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys:
         (["build", "base", "--as", "sfi"], 2, "did you mean 'sif'"),
         (["build", "base", "--as", "venv"], 2, "no requirements"),
         (["build", "base", "--build-arg", "mirror"], 2, "not NAME=VALUE"),
+        (["pull", "../x", "x.sif"], 2, "is no name"),
         (["verify", "none"], 7, "there is no image"),
         (["sign", "none", "--key", "k"], 7, "there is no image"),
         (["pull", "x", "nothing"], 2, "neither an address nor a file"),
