@@ -6,10 +6,13 @@ named `singularity`, so it gets one on its PATH. Its pull and build hide failure
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,9 @@ from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError, Verificati
 
 ZSTD = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
 """Five times faster than the default gzip, and hardly larger."""
+_WORK = "hpc-build-"
+_YOUNG_S = 60
+"""A workspace may be made, and not yet be held."""
 _TELL_S = 5.0
 _TAIL = 12
 _AS_IT_IS = ("oras://", "library://", "shub://", "http://", "https://")
@@ -53,13 +59,33 @@ def find(named: str | None = None) -> str:
 @contextmanager
 def workspace(folder: Path, need: int) -> Iterator[Path]:
     """A private folder below `folder` for the time of a build; HpcError where less than `need` bytes are free."""
+    if folder.is_dir():
+        _sweep(folder)
     refuse_full(folder, need)
-    work = Path(tempfile.mkdtemp(prefix="hpc-build-", dir=folder))
+    work = Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
+    held = os.open(work, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)
         (work / "tmp").mkdir()
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(held)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what builds of ours that were killed have left: nobody holds it any more."""
+    for left in folder.glob(f"{_WORK}*"):
+        with suppress(OSError):
+            stat = left.stat()
+            if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < _YOUNG_S:
+                continue
+            held = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def refuse_full(folder: Path, need: int) -> None:
@@ -80,7 +106,9 @@ def run(
     """Run to the end with the output in a log; every few seconds tell its last line, and the size of what grows."""
     begin = told = time.monotonic()
     with open(log, "ab") as out:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(env), cwd=cwd)
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(env), cwd=cwd, preexec_fn=_end_with_parent
+        )
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
@@ -95,6 +123,15 @@ def run(
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent is gone, even by SIGKILL: nobody would use what is being made.
+
+    Apptainer loses this where it changes its user namespace; such a build ends when the next one sweeps its workspace.
+    """
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _last(log: Path) -> str:

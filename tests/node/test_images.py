@@ -164,7 +164,8 @@ def test_progress_is_the_last_line_and_the_size(tmp_path: Path, monkeypatch: pyt
     assert told[-1].endswith(": Creating SIF file... (0.03 GB)")
 
 
-def test_ctrl_c_ends_the_program_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_is_the_end_of_the_program_too(tmp_path: Path, end: signal.Signals) -> None:
     code = (
         "import os, pathlib, sys; sys.path[:0] = sys.argv[2].split(':'); from hpc.node import images\n"
         "here = pathlib.Path(sys.argv[1])\n"
@@ -178,10 +179,12 @@ def test_ctrl_c_ends_the_program_too(tmp_path: Path) -> None:
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)  # to it alone
+    child.send_signal(end)  # to it alone
     assert child.wait(20) != 0
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    program = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    while program.exists() and program.read_text().rpartition(") ")[2][0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- signatures, versions
@@ -227,6 +230,17 @@ def test_a_workspace_is_private_and_goes(tmp_path: Path) -> None:
         assert work.stat().st_mode & 0o777 == 0o700
         (work / "tmp" / "x").touch()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_goes_with_the_next_one_but_not_the_work_of_another(tmp_path: Path) -> None:
+    killed = tmp_path / "hpc-build-1"
+    (killed / "tmp").mkdir(parents=True)
+    with images.workspace(tmp_path, 1) as other:
+        for folder in (killed, other):
+            os.utime(folder, (0, 0))
+        with images.workspace(tmp_path, 1):
+            assert not killed.exists()
+            assert other.exists()
 
 
 def test_too_little_room_is_refused_before_the_work(tmp_path: Path) -> None:
