@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc.core import imagelock
 from hpc.core.digest import sha256
-from hpc.core.errors import HpcError, NotFound, UsageError, VerificationFailed, did_you_mean
+from hpc.core.errors import HpcError, Interrupted, NotFound, UsageError, VerificationFailed, did_you_mean
 from hpc.login import making, recipes, venvs, view
 from hpc.login.facts import environment_paths, expand
 from hpc.login.making import Maker
@@ -29,7 +29,10 @@ def run(options: argparse.Namespace) -> tuple[int, str, Answer]:
     verb = options.verb or "list"
     if verb in {"build", "pull"} and not re.fullmatch(r"\w[\w.-]*", options.name):
         raise UsageError(f"'{options.name}' is no name for an environment", hint="letters, digits, - and . make one")
-    document = _VERBS[verb](options, settings)
+    try:
+        document = _VERBS[verb](options, settings)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted", hint="nothing half made is left; the same command begins anew") from error
     code = VerificationFailed.exit_code if verb == "verify" and not all(r["ok"] for r in document["images"]) else 0
     return code, f"hpc.images.{verb}/1", document
 

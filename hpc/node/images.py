@@ -107,8 +107,9 @@ def run(
     begin = told = time.monotonic()
     with open(log, "ab") as out:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(env), cwd=cwd, preexec_fn=_end_with_parent
-        )
+            argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(env), cwd=cwd,
+            start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
@@ -117,11 +118,11 @@ def run(
                     told = time.monotonic()
                     tell(f"{told - begin:.0f} s: {_last(log)}{_size(grows)}")
         except BaseException:  # Ctrl-C, mostly: give it the time to clear away what it made
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            for number in (signal.SIGTERM, signal.SIGKILL):  # to its children too: Apptainer alone may not heed it
+                with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                    os.killpg(process.pid, number)
+                    process.wait(10)
+                    break
             raise
 
 
