@@ -18,6 +18,7 @@ from hpc.core import rundir
 from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.launch import Launch, process_env, without_secrets
+from hpc.node.shield import deaf_thread, shielded
 from hpc.node.staging import Staging, staged
 
 _POLL_S = 0.2
@@ -158,7 +159,7 @@ def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outco
         )
         for number in watch.signals:  # one that came while it was being started reached nobody
             watch.child.send_signal(number)
-        with _heartbeat(attempt.heartbeat, job.heartbeat_s):
+        with _shielded(job, attempt, watch.child.pid), _heartbeat(attempt.heartbeat, job.heartbeat_s):
             code = _wait(watch, job) if job.enforce else watch.child.wait()
     return outcome.classify(
         code=code,
@@ -169,6 +170,18 @@ def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outco
         mem_gb=job.mem_gb,
         disk_full=_disk_full(attempt.path),
     )
+
+
+def _shielded(job: Job, attempt: rundir.AttemptDir, pid: int) -> contextlib.AbstractContextManager[None]:
+    if job.launch.kind == "venv":  # no image, no helper
+        return contextlib.nullcontext()
+
+    def refused(why: str) -> None:
+        text = f"the image's FUSE helper could not be shielded ({why}): a signal may end the stage before it has saved"
+        with contextlib.suppress(OSError), open(attempt.stderr, "a") as stderr:
+            stderr.write(f"warning: {text}\n")
+
+    return shielded(pid, refused)
 
 
 def _wait(watch: _Watch, job: Job) -> int:
@@ -245,12 +258,7 @@ def _heartbeat(path: Path, every_s: int) -> Iterator[None]:
             if ended.wait(every_s):
                 return
 
-    # The thread must take no signal: the kernel may give it one (Slurm sends CONT and TERM together), and then the
-    # main thread, which waits for the payload, would not hear of it. A thread starts with its maker's mask.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    thread = deaf_thread(beat)
     try:
         yield
     finally:
