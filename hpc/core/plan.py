@@ -22,6 +22,8 @@ class Environment:
     kind: Literal["sif", "venv"]
     path: str
     digest: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """What the image's lock says is inside; for the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)

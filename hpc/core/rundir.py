@@ -159,6 +159,11 @@ class RunsDir:
     def digests(self) -> Path:
         return self.cache / "digests.json"
 
+    @property
+    def signatures(self) -> Path:
+        """Images whose signature was found good."""
+        return self.cache / "signatures.json"
+
     def numbers(self) -> list[tuple[int, Path]]:
         """(number, folder) of every run, the newest first."""
         found = []

@@ -26,10 +26,18 @@ class Site:
     """Ask for memory (--mem). Some sites give whole nodes and refuse it."""
     images: str | None = None
     """The folder of NAME.sif, one per environment."""
+    scratch: str | None = None
+    """A folder on each node's own disk: images are copied there once. None: they run from where they lie."""
+    staged_gb: int = 200
+    """Room for staged images there, GiB per user; the longest unused go first."""
+    stage_readers: int = 8
+    """How many nodes copy the same image from the shared file system at once; 0: no limit."""
     venvs: str = "${XDG_DATA_HOME:-~/.local/share}/hpc/venvs"
     """The folder of NAME/bin/python, for environments without an image."""
     environments: Mapping[str, str] = field(default_factory=dict)
     """Environment name -> its SIF, or its venv folder, where it lies elsewhere."""
+    verify_key: str | None = None
+    """A public key in PEM: images that bear no good signature of it are refused."""
     apptainer: str | None = None
     """The container program; None: `apptainer`, else `singularity`, from the node's PATH."""
     binds: tuple[str, ...] = ()

@@ -77,8 +77,17 @@ class _Parser(argparse.ArgumentParser):
         hint = f"`{self.prog} --help` shows what there is"
         if "invalid choice: " in message:
             word = message.partition("invalid choice: '")[2].partition("'")[0]
-            message, hint = f"there is no command '{word}'", did_you_mean(word, list(COMMANDS))
+            named, known = self._choices(message)
+            message, hint = f"there is no {named} '{word}'", did_you_mean(word, known)
         raise UsageError(message, hint=hint)
+
+    def _choices(self, message: str) -> tuple[str, list[str]]:
+        """The argument whose value is none of its choices, and those."""
+        for action in self._actions:
+            option = next(iter(action.option_strings), None)
+            if action.choices is not None and message.startswith(f"argument {option or action.metavar}"):
+                return (option or str(action.metavar).lower()), list(action.choices)
+        return "command", list(COMMANDS)
 
 
 COMMANDS = {
@@ -88,6 +97,7 @@ COMMANDS = {
     "status": "where my runs stand, finished ones too",
     "logs": "what a stage printed",
     "cancel": "end a run's jobs, or one stage's",
+    "images": "the images that stages run in: make, fetch, sign and verify them",
     "doctor": "what is there, what is missing, what to do",
 }
 
@@ -124,7 +134,47 @@ def parser() -> argparse.ArgumentParser:
     made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
     made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
     made["doctor"].add_argument("--site", metavar="NAME", help="the site profile to check")
+    _images(made["images"])
     return top
+
+
+IMAGE_VERBS = {
+    "list": "every environment: where its image lies, whether it is up to date",
+    "build": "make an image from its recipe, as an ordinary user",
+    "pull": "fetch an image, or bring in a file",
+    "sign": "add a signature to an image",
+    "verify": "compare images with what was recorded of them, and check signatures",
+}
+
+
+def _images(images: argparse.ArgumentParser) -> None:
+    """`hpc images` and its own verbs."""
+    images.set_defaults(verb=None, site=None, to=None)
+    verbs = images.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    made = {}
+    for name, summary in IMAGE_VERBS.items():
+        made[name] = verbs.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
+        made[name].add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document")
+        made[name].add_argument("--site", metavar="NAME", help="the site profile (default: hpc.toml's, else local)")
+        if name != "sign":
+            made[name].add_argument("--to", metavar="FOLDER", help="the folder of images (default: the site's)")
+    for name in ("build", "pull", "sign"):
+        made[name].add_argument("name", metavar="NAME", help="the environment's name")
+        made[name].add_argument("--tmp", metavar="FOLDER", help="a fast disk to work on (default: the site's scratch)")
+    for name in ("build", "pull"):
+        made[name].add_argument("-f", "--force", action="store_true", help="make it anew, even where it is there")
+    build, pull = made["build"], made["pull"]
+    build.add_argument(
+        "--as", choices=("sif", "venv"), default="sif", dest="kind", help="an image, or a venv where no Apptainer is"
+    )
+    build.add_argument(
+        "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="a value for the recipe; repeatable"
+    )
+    pull.add_argument("source", metavar="SOURCE", help="docker://…, oras://…, docker-archive:FILE, or a SIF's path")
+    pull.add_argument("--auth", metavar="FILE", help="a file of mode 0600: NGC's API key, or Docker's JSON")
+    made["sign"].add_argument("--key", metavar="FILE", required=True, help="a private key in PEM")
+    made["verify"].add_argument("names", nargs="*", metavar="NAME", help="some images (default: all in the folder)")
+    made["verify"].add_argument("--key", metavar="FILE", help="a public key in PEM (default: the site's verify_key)")
 
 
 def _what(verb: argparse.ArgumentParser, nargs: str | None) -> None:

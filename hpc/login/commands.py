@@ -229,6 +229,15 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if all(c.verdict != "missing" for c in found) else 1
 
 
+def images(options: argparse.Namespace) -> int:
+    from hpc.login.images import run
+
+    code, schema, document = run(options)
+    if options.json:
+        _print_json(schema, **document)
+    return code
+
+
 def _runs() -> RunsDir:
     from hpc.login.settings import locate
 

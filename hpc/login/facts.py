@@ -6,19 +6,22 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from hpc.core import config as configs
+from hpc.core import imagelock
 from hpc.core import stage as stages
-from hpc.core.digest import Digests
-from hpc.core.errors import Refused, RuntimeUnavailable
+from hpc.core.digest import Digests, sha256
+from hpc.core.errors import Refused, RuntimeUnavailable, UsageError
 from hpc.core.limits import Limits
 from hpc.core.plan import Environment
-from hpc.core.rundir import RunsDir
+from hpc.core.rundir import RunsDir, read_json, write_json
 from hpc.core.site import Site
 from hpc.core.stage import Stage
 from hpc.login import slurm
 from hpc.login.settings import Settings
+from hpc.node import images
 
 
 class MachineFacts:
@@ -28,6 +31,7 @@ class MachineFacts:
         self._root = settings.project.root
         self._site = settings.site
         self._digests = Digests(RunsDir(settings.project.runs).digests, say)
+        self._signatures = Signatures(RunsDir(settings.project.runs).signatures, settings.site.apptainer)
 
     def path(self, text: str) -> str | None:
         path = Path(os.path.normpath(self._root / expand(text)))
@@ -43,13 +47,28 @@ class MachineFacts:
         candidates = environment_paths(name, self._site, self._root)
         for path in candidates:
             if path.is_file():
-                return Environment(name=name, kind="sif", path=str(path), digest=self._digests.of(path))
+                return self._image(name, path)
             if (path / "bin" / "python3").exists():
                 return Environment(name=name, kind="venv", path=str(path), digest=venv_digest(path))
         raise Refused(
             f"the environment '{name}' is not there: {' nor '.join(map(str, candidates))}",
-            hint=f"build it from containers/{name}.def, or name it in the site profile:"
+            hint=f"hpc images build {name} (without Apptainer: --as venv), or name it in the site profile:"
             f" environments = {{ {name} = '…' }}",
+        )
+
+    def _image(self, name: str, path: Path) -> Environment:
+        """An image by its lock; where the site demands a signature, by its content and that signature."""
+        lock = imagelock.read(path)
+        key = self._site.verify_key
+        if key is None:
+            digest = imagelock.digest(path, self._digests.of)
+        else:  # who can replace an image can replace its lock: our own memory of the content is what counts
+            digest = self._digests.of(path)
+            if lock is not None:
+                lock.refuse(path, digest)
+            self._signatures.check(path, digest, self._root / expand(key))
+        return Environment(
+            name=name, kind="sif", path=str(path), digest=digest, versions=lock.told() if lock is not None else {}
         )
 
     def limits(self) -> Limits | None:
@@ -58,6 +77,28 @@ class MachineFacts:
     def save(self) -> None:
         """Keep the hashes that were computed."""
         self._digests.save()
+
+
+class Signatures:
+    """Good signatures, remembered by key and content: neither can change without another name."""
+
+    def __init__(self, store: Path, program: str | None) -> None:
+        self._store = store
+        self._program = program
+
+    def check(self, image: Path, digest: str, key: Path) -> None:
+        """VerificationFailed where the image bears no good signature of the key."""
+        if not key.is_file():
+            raise UsageError(f"there is no key {key}", hint="verify_key in the site profile names a public key in PEM")
+        good = f"{sha256(key)}:{digest}"
+        known = read_json(self._store) or {}
+        if good in known:
+            return
+        program = images.find(expand(self._program) if self._program else None)
+        images.Apptainer(program, self._store.parent).verify(image, key)
+        with suppress(OSError):  # a memory that can't be written is no error
+            self._store.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._store, {**known, good: str(image)})
 
 
 def environment_paths(name: str, site: Site, root: Path) -> list[Path]:

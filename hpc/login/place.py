@@ -17,6 +17,7 @@ from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
 from hpc.node import launch
 from hpc.node.enter import Job
+from hpc.node.staging import Staging, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,9 @@ class Ground:
     cache: Path
     hub_home: str | None
     """The user's own HF_HOME."""
+    scratch: str | None = None
+    """The site's scratch folder with its variables filled in."""
+    uid: int = 0
     links: tuple[str, ...] = ()
     """Folders that the inputs lead to by symbolic links."""
 
@@ -98,6 +102,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         attempt=attempt,
         key=planned.key,
         launch=start,
+        staging=_staging(planned, ground),
         mem_gb=planned.resources.mem_gb,
         heartbeat_s=site.heartbeat_s,
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
@@ -137,6 +142,20 @@ def _waits(planned: Planned, plan: Plan, ground: Ground) -> tuple[tuple[str, str
     return tuple((str(ground.run.stage(name).path), plan.keys[name]) for name in waiting)
 
 
+def _staging(planned: Planned, ground: Ground) -> Staging | None:
+    image = planned.environment
+    if image.kind != "sif" or ground.scratch is None:
+        return None
+    return Staging(
+        source=image.path,
+        sha256=image.digest,
+        target=target_of(ground.scratch, image.digest, ground.uid),
+        slots=str(ground.cache / "staging" / image.digest[:16]),
+        readers=ground.site.stage_readers,
+        limit_gb=ground.site.staged_gb,
+    )
+
+
 def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]) -> launch.Launch:
     run, site, cache = ground.run, ground.site, ground.cache
     stage_dir = run.stage(planned.name)
@@ -164,7 +183,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     binds += [launch.Bind(path) for path in (*reads, *ground.links) if not path.startswith(f"{run.path}/")]
     return launch.container(
         program=ground.program,
-        image=planned.environment.path,
+        image=staging.target if (staging := _staging(planned, ground)) else planned.environment.path,
         inner=inner,
         env=env,
         passes=passes,

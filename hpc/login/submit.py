@@ -19,7 +19,7 @@ from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageErro
 from hpc.core.plan import Plan
 from hpc.core.rundir import RunDir, RunsDir, StageDir
 from hpc.login import batch, slurm, snapshot
-from hpc.login.facts import container_program, link_targets
+from hpc.login.facts import container_program, expand, link_targets
 from hpc.login.place import Ground, Placed, place
 from hpc.login.settings import Settings
 from hpc.login.states import NOT_SUBMITTED, Scheduler, StageState, states
@@ -114,6 +114,8 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
         program=container_program(settings.site) if uses_images else "",
         cache=runs.cache,
         hub_home=os.environ.get("HF_HOME"),
+        scratch=expand(settings.site.scratch) if settings.site.scratch else None,
+        uid=os.getuid(),
         links=link_targets(path for p in plan.stages for path in p.reads),
     )
     return Submission(

@@ -15,8 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpc.core import rundir
+from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.launch import Launch, process_env, without_secrets
+from hpc.node.shield import deaf_thread, shielded
+from hpc.node.staging import Staging, staged
 
 _POLL_S = 0.2
 _RESERVE = 1 << 16
@@ -33,6 +36,8 @@ class Job:
     attempt: int
     key: str
     launch: Launch
+    staging: Staging | None = None
+    """The image to copy to the node first, which `launch` then starts."""
     mem_gb: int
     heartbeat_s: int
     waits: tuple[tuple[str, str], ...] = ()
@@ -55,6 +60,8 @@ def enter(job: Job) -> None:
     try:
         rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
         result = _run(job, attempt, watch)
+    except HpcError as error:
+        result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
@@ -125,6 +132,18 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
     blocked = _wait_for_inputs(job, watch)
     if blocked is not None:
         return blocked
+    if job.staging is None:
+        return _run_container(job, attempt, watch)
+
+    def tell(done: int, total: int, rate: float) -> None:
+        message = f"{rate / 1e9:.1f} GB/s" if rate else "waits for its turn to copy the image"
+        rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
+
+    with staged(job.staging, tell):
+        return _run_container(job, attempt, watch)
+
+
+def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
     env = process_env(job.launch, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
@@ -140,7 +159,7 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         )
         for number in watch.signals:  # one that came while it was being started reached nobody
             watch.child.send_signal(number)
-        with _heartbeat(attempt.heartbeat, job.heartbeat_s):
+        with _shielded(job, attempt, watch.child.pid), _heartbeat(attempt.heartbeat, job.heartbeat_s):
             code = _wait(watch, job) if job.enforce else watch.child.wait()
     return outcome.classify(
         code=code,
@@ -151,6 +170,18 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         mem_gb=job.mem_gb,
         disk_full=_disk_full(attempt.path),
     )
+
+
+def _shielded(job: Job, attempt: rundir.AttemptDir, pid: int) -> contextlib.AbstractContextManager[None]:
+    if job.launch.kind == "venv":  # no image, no helper
+        return contextlib.nullcontext()
+
+    def refused(why: str) -> None:
+        text = f"the image's FUSE helper could not be shielded ({why}): a signal may end the stage before it has saved"
+        with contextlib.suppress(OSError), open(attempt.stderr, "a") as stderr:
+            stderr.write(f"warning: {text}\n")
+
+    return shielded(pid, refused)
 
 
 def _wait(watch: _Watch, job: Job) -> int:
@@ -227,12 +258,7 @@ def _heartbeat(path: Path, every_s: int) -> Iterator[None]:
             if ended.wait(every_s):
                 return
 
-    # The thread must take no signal: the kernel may give it one (Slurm sends CONT and TERM together), and then the
-    # main thread, which waits for the payload, would not hear of it. A thread starts with its maker's mask.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    thread = deaf_thread(beat)
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import signal
 from dataclasses import dataclass, field, replace
 
 from hpc.core import rundir
+from hpc.core.errors import HpcError
 from hpc.core.stage import STOPPED
 from hpc.node.launch import Launch
 
@@ -113,6 +114,11 @@ def could_not_start(program: str, error: OSError) -> Outcome:
         cause=f"{program} could not be started on this node: {os.strerror(error.errno or 0)}",
         hint="is it installed on the compute nodes? `setup` in the site profile may load its module",
     )
+
+
+def refused(error: HpcError) -> Outcome:
+    """The node itself refused to go on: an image that is not what it should be, no room for it."""
+    return Outcome(state="FAILED", exit_code=error.exit_code, cause=error.message, hint=error.hint)
 
 
 def blocked(stage: str, state: str) -> Outcome:

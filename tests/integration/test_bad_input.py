@@ -63,7 +63,7 @@ CASES = [
     ),
     ("time above the limit", nothing, ["first", "-p", "debug", "-t", "60"], 3, "allows 30 min", "--time 30"),
     ("a time that is none", nothing, ["first", "-t", "soon"], 2, "not a time", "1:30:00"),
-    ("image missing", no_image, ["first"], 3, "absent.sif", "containers/train.def"),
+    ("image missing", no_image, ["first"], 3, "absent.sif", "hpc images build train"),
     ("unwritable run folder", unwritable, ["first"], 2, "/usr/lib/runs", "HPC_RUNS"),
     ("limits of a qos", nothing, ["first", "-q", "small", "-t", "90"], 4, "limits", "--qos"),
     ("the pipeline's last stage is rejected", nothing,

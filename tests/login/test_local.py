@@ -399,7 +399,7 @@ def test_missing_environment_is_3_and_names_what_to_build(local: Local) -> None:
     (local.folder / "venv" / "bin" / "python3").unlink()
     done = local.hpc("submit", "first", code=3)
     assert "the environment 'train' is not there" in done.stderr
-    assert "containers/train.def" in done.stderr
+    assert "hpc images build train" in done.stderr
     assert not (local.folder / "runs" / "first-1").exists()
 
 

@@ -1,0 +1,211 @@
+"""An image from the shared file system to the node's own disk, once: hashed while it is copied, and only whole.
+
+    <scratch>/hpc-<uid>/images/<sha256>.sif       the copy, complete by construction
+                               <sha256>.json      its size and times when it was made: a changed copy is noticed
+                               <sha256>.lock      flock: exclusive while it is made or removed, shared while it is used
+                               <sha256>.part      a copy in the making; what a killed job left is overwritten
+
+Each user has a folder of their own: a copy that another user owns could be changed after it was checked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+
+from hpc.core import rundir
+from hpc.core.errors import HpcError, VerificationFailed
+from hpc.node.slots import slot
+
+_CHUNK = 4 << 20
+_GB = 1 << 30
+_SPARE = _GB
+"""Bytes that stay free on the node's disk."""
+_TELL_S = 1.0
+
+Tell = Callable[[int, int, float], None]
+"""(bytes copied, bytes in all, bytes per second)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staging:
+    """What the node needs to know to stage one image."""
+
+    source: str
+    sha256: str
+    target: str
+    slots: str = ""
+    """A folder on the shared file system that limits how many nodes copy this image at once."""
+    readers: int = 0
+    """That many; 0: no limit."""
+    limit_gb: int
+    """Staged images of one user on one node, GiB; the longest unused go first."""
+
+
+def target_of(scratch: str, sha256: str, uid: int) -> str:
+    """Where the image lies on the node; known before the job runs."""
+    return f"{scratch}/hpc-{uid}/images/{sha256}.sif"
+
+
+@contextmanager
+def staged(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Iterator[Path]:
+    """The image on the node's disk, kept from removal for as long as the block runs.
+
+    VerificationFailed where the source is not what was planned with; HpcError where there is no room.
+    """
+    target = Path(wish.target)
+    _own_folder(target.parent)
+    with open(target.with_suffix(".lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        while not _whole(target):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _whole(target):  # nobody made it while we waited
+                _copy(wish, target, tell)
+            fcntl.flock(lock, fcntl.LOCK_SH)  # not atomic: another may have removed it in between, so look again
+        with suppress(OSError):
+            os.utime(target.with_suffix(".json"))  # the time of last use
+        yield target
+
+
+def _own_folder(folder: Path) -> None:
+    """Make <scratch>/hpc-<uid>/images, private; VerificationFailed where another user was there first."""
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    for one in (folder.parent, folder):
+        with suppress(FileExistsError):
+            one.mkdir(mode=0o700)
+        if one.is_symlink() or one.stat().st_uid != os.getuid():
+            raise VerificationFailed(
+                f"{one} belongs to another user, who could change the images in it",
+                hint="ask an administrator to remove it, or choose another `scratch` in the site profile",
+            )
+
+
+def _whole(target: Path) -> bool:
+    """True where the copy is there and has not been touched since it was made (its ctime cannot be set back)."""
+    made = rundir.read_json(target.with_suffix(".json"))
+    try:
+        return made is not None and made["stat"] == _stat(target)
+    except FileNotFoundError:
+        return False
+
+
+def _stat(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _copy(wish: Staging, target: Path, tell: Tell) -> None:
+    source = Path(wish.source)
+    part = target.with_suffix(".part")
+    with suppress(FileNotFoundError):
+        target.unlink()
+    part.unlink(missing_ok=True)
+    try:
+        with open(source, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _make_room(target.parent, size, wish.limit_gb * _GB)
+            with slot(Path(wish.slots), wish.readers, _waiting(size, tell)) as keep:
+
+                def tell_and_keep(done: int, total: int, rate: float) -> None:
+                    keep()
+                    tell(done, total, rate)
+
+                found = _copy_hashed(file.fileno(), part, size, tell_and_keep)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HpcError(f"no room for {source.name} in {target.parent}", hint="`scratch` names the disk") from error
+        raise HpcError(f"{source} cannot be staged: {error.strerror}", hint="do all nodes see it?") from error
+    if found != wish.sha256:
+        part.unlink(missing_ok=True)
+        raise VerificationFailed(
+            f"{source} is not the image that was planned with: its sha256 is {found}, not {wish.sha256}",
+            hint="if it was replaced on purpose, submit again; else restore or rebuild it",
+        )
+    os.rename(part, target)
+    rundir.write_text(target.with_suffix(".json"), json.dumps({"stat": _stat(target), "source": wish.source}))
+
+
+def _waiting(size: int, tell: Tell) -> Callable[[], bool]:
+    """Tells, about once a second, that nothing is copied yet."""
+    told = [0.0]
+
+    def waiting() -> bool:
+        if time.monotonic() - told[0] >= _TELL_S:
+            told[0] = time.monotonic()
+            tell(0, size, 0.0)
+        return True
+
+    return waiting
+
+
+def _copy_hashed(source: int, part: Path, size: int, tell: Tell) -> str:
+    """Copy and hash in one pass, the hash of a chunk while it is written; the sha256 of what was written."""
+    digest = hashlib.sha256()
+    hashed: Future[None] = Future()
+    hashed.set_result(None)
+    done, started, told = 0, time.monotonic(), 0.0
+    with open(part, "wb", buffering=0) as target, _helper_thread() as helper:
+        while chunk := os.read(source, _CHUNK):
+            hashed.result()
+            hashed = helper.submit(digest.update, chunk)
+            _write(target, chunk)
+            done += len(chunk)
+            now = time.monotonic()
+            if now - told >= _TELL_S or done == size:
+                told = now
+                tell(done, size, done / max(now - started, 1e-6))
+        hashed.result()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _write(target: RawIOBase, chunk: bytes) -> None:
+    """All of it: a raw write may take a part only."""
+    view = memoryview(chunk)
+    while view:
+        view = view[target.write(view) :]
+
+
+@contextmanager
+def _helper_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread that takes no signal: the kernel may give it one, and the main thread would not hear of it."""
+    with ThreadPoolExecutor(1) as helper:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        helper.submit(int)  # a thread starts with its maker's mask
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield helper
+
+
+def _make_room(folder: Path, size: int, limit: int) -> None:
+    """Remove the longest unused images, never one in use, until this one fits under the limit and on the disk."""
+    for candidate in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
+        used = sum(p.stat().st_size for p in folder.glob("*.sif"))
+        if used + size <= limit and _free(folder) >= size + _SPARE:
+            return
+        _remove_unused(candidate.with_suffix(".sif"))
+    if _free(folder) < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _free(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _remove_unused(image: Path) -> None:
+    with open(image.with_suffix(".lock"), "a") as lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        image.with_suffix(".json").unlink(missing_ok=True)
+        image.unlink(missing_ok=True)

@@ -1,0 +1,270 @@
+"""`hpc images` with a real Apptainer, as an ordinary user on the login node."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core.digest import sha256
+
+from .cluster import Cluster, CommandError
+from .project import SITE, Project
+
+RECIPE = """\
+Bootstrap: localimage
+From: {{ base }}
+
+%files
+    {{ wheels }} /opt/build/wheels
+    requirements.txt /opt/requirements.txt
+
+%post
+    python3 "$(echo /opt/build/wheels/pip-*.whl)/pip" install -q --no-index --find-links /opt/build/wheels \\
+        --root-user-action ignore -r /opt/requirements.txt
+
+%test
+    python3 -c "import six"
+
+%labels
+    org.hpc.six 1.17.0
+"""
+
+
+@pytest.fixture(scope="session")
+def spython(hpc_install: Path) -> None:
+    """The extra `images`."""
+    pip = (hpc_install / "bin" / "python", "-m", "pip", "install", "-q", "spython==0.3.14")
+    done = subprocess.run(pip, check=False, capture_output=True, text=True, umask=0o022)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def offline(cluster: Cluster) -> dict[str, str]:
+    """The environment that lets pip work on the login node, from which no package index can be reached."""
+    folder = cluster.dir / "wheelhouse"
+    argv = ("/usr/bin/python3", "-m", "venv", str(folder / "venv"))
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+    assert done.returncode == 0, done.stderr
+    argv = (str(folder / "venv/bin/pip"), "wheel", "-q", "--wheel-dir", str(folder), "pip", "six==1.17.0")
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+    assert done.returncode == 0, done.stderr
+    return {"PIP_ARGS": f"--no-index --find-links {folder}"}
+
+
+@pytest.fixture
+def images(project: Project, base_sif: Path, spython: None) -> Path:
+    """The project's own folder of images, with the base image in it, which nothing is recorded of."""
+    folder = project.folder / "images"
+    shutil.copy(base_sif, project.write("images/base.sif", ""))
+    project.write("sites/slurm-test.toml", project_site(folder))
+    toml = project.folder / "hpc.toml"
+    project.write("hpc.toml", toml.read_text().replace(str(base_sif), str(folder / "base.sif")))
+    return folder
+
+
+def project_site(folder: Path, extra: str = "") -> str:
+    return SITE.format(images=folder) + extra
+
+
+@pytest.fixture
+def keys(project: Project) -> dict[str, str]:
+    """A pair of keys, and the public one of another pair."""
+    found = {}
+    for name in ("mine", "other"):
+        private, public = (str(project.folder / f"{name}.{kind}.pem") for kind in ("private", "public"))
+        project.cluster.run("alice", "openssl", "genpkey", "-algorithm", "ed25519", "-out", private)
+        project.cluster.run("alice", "openssl", "pkey", "-in", private, "-pubout", "-out", public)
+        found.update({f"{name} private": private, f"{name} public": public})
+    return found
+
+
+def lock(image: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(image.with_suffix(".lock.json").read_text())
+    return document
+
+
+def tamper(image: Path) -> None:
+    """Change one byte in the middle."""
+    with open(image, "r+b") as file:
+        file.seek(image.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, io.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def refused(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = project.hpc(*arguments, check=False)
+    assert done.returncode == 6, done.stdout + done.stderr
+    return done
+
+
+def test_two_builds_of_one_image_make_it_once_and_its_lock_says_what_is_inside(
+    project: Project, images: Path, offline: dict[str, str]
+) -> None:
+    project.write("containers/tiny.def", RECIPE)
+    project.write("containers/tiny.requirements.txt", "six==1.17.0\n")
+    argv = (str(project.venv / "bin" / "hpc"), "images", "build", "tiny", "--json")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [project.cluster.popen("alice", *argv, cwd=project.folder, env=offline, **pipes) for _ in range(2)]
+    ends = [(*p.communicate(timeout=180), p.returncode) for p in both]
+    assert [code for _, _, code in ends] == [0, 0], ends
+    assert sorted(json.loads(out)["fresh"] for out, _, _ in ends) == [False, True]
+    said = "".join(err for _, err, _ in ends)
+    assert said.count("tiny: building") == 1
+    assert "another process makes it; waiting" in said
+    image = images / "tiny.sif"
+    recorded = lock(image)
+    assert recorded["sha256"] == sha256(image)
+    assert recorded["versions"]["six"] == "1.17.0"
+    assert recorded["versions"]["python"].startswith("3.")
+    assert recorded["labels"]["org.hpc.six"] == "1.17.0"
+    assert recorded["inputs"]["base"] == sha256(images / "base.sif")
+    assert recorded["by"].startswith("alice@")
+    assert project.cluster.run("alice", str(image), "-c", "import six; print(six.__version__)").stdout == "1.17.0\n"
+    (row,) = [r for r in project.json("images", "list")["images"] if r["name"] == "tiny"]
+    assert row["state"] == "recorded"
+    project.write("containers/tiny.requirements.txt", "six==1.16.0\n")
+    (row,) = [r for r in project.json("images", "list")["images"] if r["name"] == "tiny"]
+    assert row["state"] == "outdated"
+    assert [p.name for p in images.glob(".tiny.*.sif")] == []
+
+
+def test_a_recipe_that_fails_shows_why_and_leaves_the_earlier_image(project: Project, images: Path) -> None:
+    project.write("containers/tiny.def", "Bootstrap: localimage\nFrom: {{ base }}\n%post\n    echo it broke; false\n")
+    project.write("images/tiny.sif", "the earlier one")
+    with pytest.raises(CommandError) as caught:
+        project.hpc("images", "build", "tiny")
+    assert caught.value.result.returncode == 1
+    assert "it broke" in caught.value.result.stderr
+    assert "Traceback" not in caught.value.result.stderr
+    assert (images / "tiny.sif").read_text() == "the earlier one"
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(project: Project, images: Path) -> None:
+    project.write("containers/slow.def", "Bootstrap: localimage\nFrom: {{ base }}\n%post\n    sleep 61.75\n")
+    work = project.folder / "work"
+    project.cluster.run("alice", "mkdir", str(work))
+    build = project.popen("images", "build", "slow", "--tmp", str(work))
+    deadline = time.monotonic() + 60
+    while "sleep 61.75" not in project.cluster.run("alice", "ps", "-u", "alice", "-o", "args").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    build.send_signal(signal.SIGINT)
+    assert "error: interrupted\n  try: nothing half made is left" in build.communicate(timeout=30)[1]
+    assert build.returncode == 130
+    assert list(work.iterdir()) == []
+    assert sorted(p.name for p in images.iterdir()) == [".slow.making", "base.sif"]
+    assert "sleep 61.75" not in project.cluster.run("alice", "ps", "-u", "alice", "-o", "args").stdout
+
+
+def test_a_tampered_image_never_gets_a_job(project: Project, images: Path) -> None:
+    base = images / "base.sif"
+    project.hpc("images", "pull", "base", str(base), "--force")
+    recorded = lock(base)["sha256"]
+    assert project.hpc("images", "verify").returncode == 0
+    tamper(base)
+    for arguments in (["submit", "first"], ["images", "verify"], ["images", "verify", "base"]):
+        done = refused(project, *arguments)
+        assert recorded in done.stdout + done.stderr
+        assert sha256(base) in done.stdout + done.stderr
+    assert not (project.folder / "runs").exists() or not list((project.folder / "runs").glob("*-1"))
+
+
+def test_a_run_quotes_what_the_lock_says(project: Project, images: Path) -> None:
+    project.hpc("images", "pull", "base", str(images / "base.sif"), "--force")
+    project.hpc("submit", "first", "--wait")
+    (manifest,) = project.folder.glob("runs/*/first/manifest.json")
+    environment = json.loads(manifest.read_text())["environment"]
+    assert environment["digest"] == lock(images / "base.sif")["sha256"]
+    assert environment["versions"]["python"] == lock(images / "base.sif")["versions"]["python"]
+
+
+def test_a_site_that_demands_signatures_takes_only_its_own(
+    project: Project, images: Path, keys: dict[str, str]
+) -> None:
+    base = images / "base.sif"
+    project.write("sites/slurm-test.toml", project_site(images, f'verify_key = "{keys["mine public"]}"\n'))
+    assert "no good signature" in refused(project, "plan", "first").stderr
+    project.hpc("images", "sign", "base", "--key", keys["mine private"])
+    assert lock(base)["signed"]
+    assert lock(base)["sha256"] == sha256(base)
+    project.hpc("plan", "first")
+    assert "ok, signed" in project.hpc("images", "verify").stdout
+    refused(project, "images", "verify", "--key", keys["other public"])
+    tamper(base)
+    refused(project, "plan", "first")
+    base.with_suffix(".lock.json").unlink()  # whoever can change an image can remove its record
+    assert "no good signature" in refused(project, "plan", "first").stderr
+
+
+def test_an_image_is_made_of_a_dockers_archive(project: Project, images: Path) -> None:
+    archive(project.write("x.tar", ""))
+    project.hpc("images", "pull", "x", "docker-archive:x.tar")
+    assert lock(images / "x.sif")["source"] == f"docker-archive:{project.folder}/x.tar"
+    assert lock(images / "x.sif")["labels"]["made.by"] == "a test"
+    again = project.hpc("images", "pull", "x", "docker-archive:x.tar", check=False)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+def archive(path: Path) -> None:
+    """What `docker save` writes, with one small layer."""
+    layer, out = io.BytesIO(), io.BytesIO()
+    _tar(layer, {"hello": b"hello"})
+    config = {"architecture": "amd64", "os": "linux", "config": {"Labels": {"made.by": "a test"}},
+              "rootfs": {"type": "layers", "diff_ids": []}}  # fmt: skip
+    config["rootfs"]["diff_ids"].append("sha256:" + hashlib.sha256(layer.getvalue()).hexdigest())  # type: ignore[index]
+    manifest = [{"Config": "config.json", "RepoTags": ["x:1"], "Layers": ["layer.tar"]}]
+    files = {"config.json": config, "manifest.json": manifest}
+    _tar(out, {"layer.tar": layer.getvalue(), **{k: json.dumps(v).encode() for k, v in files.items()}})
+    path.write_bytes(out.getvalue())
+
+
+def _tar(out: io.BytesIO, files: dict[str, bytes]) -> None:
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_a_registry_out_of_reach_is_4_with_the_ways_out(project: Project, images: Path) -> None:
+    secret = project.write("key", "nvapi-s3cret")
+    secret.chmod(0o600)
+    done = project.hpc("images", "pull", "y", "docker://nvcr.io/nvidia/y:1", "--auth", "key", check=False, timeout=60)
+    assert done.returncode == 4
+    assert "nvcr.io cannot be reached" in done.stderr
+    assert "docker-archive:" in done.stderr
+    assert "s3cret" not in done.stdout + done.stderr
+    assert sorted(p.name for p in images.iterdir()) == [".y.making", "base.sif"]
+
+
+def test_an_index_out_of_reach_is_4_with_the_ways_out(project: Project, images: Path) -> None:
+    project.write("containers/tiny.def", RECIPE)
+    project.write("containers/tiny.requirements.txt", "six==1.17.0\n")
+    for further, way_out in ((), "--build-arg wheels="), (("--as", "venv", "--to", "venvs"), "--find-links"):
+        done = project.hpc("images", "build", "tiny", *further, check=False, env={"PIP_ARGS": "--retries 1"})
+        assert done.returncode == 4, done.stderr
+        assert "no package index can be reached" in done.stderr
+        assert way_out in done.stderr
+
+
+def test_the_same_requirements_make_a_venv_where_no_apptainer_is(
+    project: Project, images: Path, offline: dict[str, str]
+) -> None:
+    project.write("containers/tiny.requirements.txt", "six==1.17.0\n")
+    path = project.hpc("images", "build", "tiny", "--as", "venv", "--to", "venvs", env=offline).stdout.strip()
+    assert path == str(project.folder / "venvs" / "tiny")
+    code = "import six; print(six.__version__)"
+    assert project.cluster.run("alice", f"{path}/bin/python3", "-c", code).stdout == "1.17.0\n"
+    assert "up to date" in project.hpc("images", "build", "tiny", "--as", "venv", "--to", "venvs").stderr

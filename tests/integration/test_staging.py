@@ -1,0 +1,93 @@
+"""Images are copied to the node's own disk once, and only what was planned with ever runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .project import Project
+from .test_states import ended, submit
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A node-local scratch that every user may write to, as sites have it."""
+    folder = Path("/tmp/hpc-test-scratch")
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o1777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def staging(project: Project, scratch: Path) -> Project:
+    """The project on a site with scratch, and with a copy of the image that the test may spoil."""
+    site = (project.folder / "sites" / "slurm-test.toml").read_text()
+    project.write("sites/slurm-test.toml", site + f'scratch = "{scratch}"\n')
+    toml = (project.folder / "hpc.toml").read_text()
+    image = toml.split('train = "')[1].split('"')[0]
+    shutil.copy(image, project.folder / "own.sif")
+    project.write("hpc.toml", toml.replace(image, "own.sif"))
+    return project
+
+
+def phases(project: Project, run: str) -> list[str]:
+    events = project.folder / "runs" / run / "first" / "attempt-1" / "events.jsonl"
+    return [json.loads(line)["phase"] for line in events.read_text().splitlines()]
+
+
+def test_first_job_stages_the_image_and_the_next_finds_it(staging: Project, scratch: Path) -> None:
+    staging.hpc("submit", "first", "--wait")
+    staging.hpc("submit", "first", "--set", "first.message=again", "--wait")
+    assert "staging" in phases(staging, "first-1")
+    assert "staging" not in phases(staging, "first-2")
+    launch = json.loads((staging.folder / "runs/first-2/first/attempt-1/launch.json").read_text())
+    (copy,) = scratch.glob("hpc-*/images/*.sif")
+    assert str(copy) in launch["argv"]
+    assert copy.read_bytes() == (staging.folder / "own.sif").read_bytes()
+
+
+def test_image_that_was_changed_after_it_was_planned_with_never_runs(staging: Project) -> None:
+    run = submit(staging, "first", "--set", "first.sbatch={hold = true}")
+    image = staging.folder / "own.sif"
+    planned = json.loads((staging.folder / "runs" / run / "first" / "config.json").read_text())["environment"]["digest"]
+    with image.open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"tampered")
+    job = staging.states(run)["first"]["job_id"]
+    staging.cluster.run("alice", "scontrol", "release", job)
+    found = staging.until(ended("first"), run)["first"]
+    assert (found["state"], found["exit_code"]) == ("FAILED", 6)
+    assert planned in found["reason"]
+    assert "is not the image that was planned with" in found["reason"]
+    assert not (staging.folder / "runs" / run / "first" / "out").exists()
+
+
+def test_copy_that_was_changed_on_the_node_is_made_again(staging: Project, scratch: Path) -> None:
+    staging.hpc("submit", "first", "--wait")
+    (copy,) = scratch.glob("hpc-*/images/*.sif")
+    with copy.open("r+b") as file:
+        file.write(b"tampered")
+    staging.hpc("submit", "first", "--set", "first.message=again", "--wait")
+    assert "staging" in phases(staging, "first-2")
+
+
+def test_two_users_stage_the_same_image_apart(staging: Project, scratch: Path) -> None:
+    staging.hpc("submit", "first", "--wait")
+    staging.folder.chmod(0o755)
+    theirs = "/home/bob/staging-test"
+    shutil.rmtree(theirs, ignore_errors=True)
+    shutil.copytree(staging.folder, theirs, ignore=shutil.ignore_patterns("runs"))
+    for path in (Path(theirs), *Path(theirs).rglob("*")):
+        shutil.chown(path, "bob", "bob")
+    try:
+        hpc = str(staging.venv / "bin" / "hpc")
+        staging.cluster.run("bob", hpc, "submit", "first", "--wait", cwd=theirs)
+    finally:
+        shutil.rmtree(theirs)
+    owners = {path.owner() for path in scratch.glob("hpc-*/images/*.sif")}
+    assert owners == {"alice", "bob"}

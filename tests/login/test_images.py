@@ -1,0 +1,332 @@
+"""`hpc images` without Apptainer: recipes and what fills them in, the list, logins, and what planning believes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core import imagelock
+from hpc.core.digest import Digests, sha256
+from hpc.core.errors import RuntimeUnavailable, UsageError, VerificationFailed
+from hpc.core.imagelock import ImageLock
+from hpc.login import cli, making, recipes, venvs
+from hpc.login.facts import MachineFacts
+from hpc.login.settings import Layer, load, locate
+from hpc.node.images import Apptainer
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a folder for images and a recipe; nothing from outside."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    for name in [n for n in os.environ if n.startswith(("HPC_", "APPTAINER_"))]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "project"
+    for name in ("images", "containers", "sites"):
+        (folder / name).mkdir(parents=True)
+    (folder / "sites" / "here.toml").write_text(f'extends = "local"\nimages = "{folder}/images"\n')
+    (folder / "hpc.toml").write_text('site = "here"\n')
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def record(image: Path, content: bytes = b"an image", **fields: Any) -> Path:
+    image.write_bytes(content)
+    lock = ImageLock(sha256=sha256(image), size=0, **{"made": "built", "source": "x.def", **fields})
+    imagelock.write(image, lock)
+    return image
+
+
+def facts(**site: Any) -> MachineFacts:
+    return MachineFacts(load(locate(), flags=[Layer("test", {"site": site})]))
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main(["images", *arguments, "--json"]) in {0, 6}
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+# ---- recipes
+
+
+def recipe(folder: Path, text: str, requirements: str | None = None) -> recipes.Recipe:
+    (folder / "containers" / "mine.def").write_text(text)
+    if requirements is not None:
+        (folder / "containers" / "mine.requirements.txt").write_text(requirements)
+    return recipes.find("mine", folder)
+
+
+def test_a_projects_own_recipes_come_before_those_of_the_toolkit(project: Path) -> None:
+    assert recipes.find("train", project).path.parent != project / "containers"
+    (project / "containers" / "train.def").write_text("")
+    assert recipes.find("train", project).path.parent == project / "containers"
+    assert {"base", "train"} <= set(recipes.names(project))
+
+
+def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(project: Path) -> None:
+    found = recipe(project, "# say {{ nothing }}\nFrom: {{ base }}\n%post\n    echo {{cuda}} {{ base }}\n")
+    assert found.arguments == ("base", "cuda")
+    with pytest.raises(UsageError, match="needs a value for 'cuda'"):
+        recipes.refuse_unknown(found, {})
+    with pytest.raises(UsageError, match="no argument 'cudda'") as caught:
+        recipes.refuse_unknown(found, {"cudda": "12"})
+    assert "cuda" in caught.value.hint
+    recipes.refuse_unknown(found, {"cuda": "12"})
+
+
+def test_a_recipes_key_changes_with_all_that_it_is_made_of(project: Path) -> None:
+    def key(text: str = "a", requirements: str = "b", base: str = "c", **given: str) -> str:
+        return recipes.key(recipe(project, text, requirements).inputs(base, given))
+
+    keys = [key(), key(text="x"), key(requirements="x"), key(base="x"), key(cuda="12")]
+    assert len(set(keys)) == len(keys)
+    assert key(mirror="elsewhere") == key(), "every mirror has the same packages"
+
+
+def test_the_mirror_is_the_one_of_this_machines_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\nprintf 'http://a bookworm-updates main\\nhttp://b bookworm main\\n'\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert recipes.mirror("bookworm") == "http://b"
+    with pytest.raises(UsageError, match="no source of Debian trixie") as caught:
+        recipes.mirror("trixie")
+    assert "--build-arg mirror=" in caught.value.hint
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(UsageError):
+        recipes.mirror("bookworm")
+
+
+def test_wheels_are_chosen_by_a_python_of_the_images_version() -> None:
+    assert recipes.python(f"{sys.version_info[0]}.{sys.version_info[1]}") == sys.executable
+    with pytest.raises(RuntimeUnavailable, match=r"has Python 3\.99") as caught:
+        recipes.python("3.99")
+    assert "--build-arg wheels=" in caught.value.hint
+
+
+# ---- the verbs
+
+
+def test_the_list_says_what_is_there_and_whether_it_is_what_it_was(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = project / "images"
+    current = recipe(project, "From: {{ base }}")
+    inputs = current.inputs("base's digest", {})
+    record(folder / "mine.sif", recipe="k", inputs=inputs, versions={"torch": "2.13.0"})
+    record(folder / "moved.sif").write_bytes(b"another")
+    (folder / "brought.sif").touch()
+    (folder / ".mine.node-1.sif").touch()  # in the making
+    rows = {r["name"]: r for r in told(capsys, "list")["images"]}
+    states = {name: row["state"] for name, row in rows.items()}
+    assert states == {
+        **dict.fromkeys(recipes.names(project), "missing"),
+        **{"mine": "recorded", "moved": "touched", "brought": "unrecorded"},
+    }
+    assert rows["mine"]["versions"] == {"torch": "2.13.0"}
+    (project / "containers" / "mine.def").write_text("From: other")
+    rows = {r["name"]: r for r in told(capsys, "list")["images"]}
+    assert rows["mine"]["state"] == "outdated"
+    assert cli.main(["images"]) == 0
+    assert "torch 2.13.0" in capsys.readouterr().out
+
+
+def test_verify_is_6_and_names_both_digests(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = record(project / "images" / "good.sif"), record(project / "images" / "bad.sif")
+    recorded = sha256(bad)
+    bad.write_bytes(b"an imagE")
+    assert cli.main(["images", "verify", "good"]) == 0
+    assert cli.main(["images", "verify"]) == 6
+    said = capsys.readouterr().out
+    assert f"{good}: ok" in said
+    assert recorded in said
+    assert sha256(bad) in said
+    rows = told(capsys, "verify")["images"]
+    assert {Path(r["path"]).stem: r["ok"] for r in rows} == {"good": True, "bad": False}
+
+
+def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "images" / "x.sif").touch()
+    assert cli.main(["images", "verify", "x"]) == 6
+    assert "nothing to compare it with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["lst"], 2, "did you mean 'list'"),
+        (["build", "trian"], 2, "did you mean 'train'"),
+        (["build", "base", "--as", "sfi"], 2, "did you mean 'sif'"),
+        (["build", "base", "--as", "venv"], 2, "no requirements"),
+        (["build", "base", "--build-arg", "mirror"], 2, "not NAME=VALUE"),
+        (["pull", "../x", "x.sif"], 2, "is no name"),
+        (["verify", "none"], 7, "there is no image"),
+        (["sign", "none", "--key", "k"], 7, "there is no image"),
+        (["pull", "x", "nothing"], 2, "neither an address nor a file"),
+        (["pull", "x", "docker-archive:none.tar"], 2, "there is no none.tar"),
+        (["list", "--site", "local"], 0, ""),
+        (["verify", "--site", "local"], 2, "has no folder for images"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_a_way_out(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc.node.images.require_spython", lambda: None)
+    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    assert cli.main(["images", *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_without_spython_it_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["images", "build", "base"]) == 4
+    assert "hpc-batch[images]" in capsys.readouterr().err
+
+
+# ---- logins
+
+
+def key_file(path: Path, text: str, mode: int = 0o600) -> str:
+    path.write_text(text)
+    path.chmod(mode)
+    return str(path)
+
+
+NGC = "docker://nvcr.io/nvidia/x:1"
+
+
+def test_one_line_is_ngcs_key_and_json_is_dockers_file(tmp_path: Path) -> None:
+    key = key_file(tmp_path / "key", "s3cret\n")
+    expected = {"APPTAINER_DOCKER_USERNAME": "$oauthtoken", "APPTAINER_DOCKER_PASSWORD": "s3cret"}
+    assert making.login(key, NGC) == (expected, None)
+    file = key_file(tmp_path / "auth.json", '{"auths": {}}')
+    assert making.login(file, "docker://other/x") == ({}, Path(file))
+
+
+def test_the_key_of_ngc_goes_to_no_other_host(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no login for other\.io"):
+        making.login(key_file(tmp_path / "key", "s3cret"), "docker://other.io/x")
+
+
+def test_a_login_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can be read by others") as caught:
+        making.login(key_file(tmp_path / "key", "s3cret", 0o640), NGC)
+    assert "chmod 600" in caught.value.hint
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_key_in_its_usual_place_is_used_for_ngc_alone(tmp_path: Path) -> None:
+    assert making.login(None, NGC) == ({}, None), "public images need none"
+    usual = tmp_path / "config" / "hpc" / "ngc.key"
+    usual.parent.mkdir(parents=True)
+    key_file(usual, "s3cret")
+    assert making.login(None, NGC)[0]["APPTAINER_DOCKER_PASSWORD"] == "s3cret"
+    assert making.login(None, "docker://other/x") == ({}, None)
+
+
+# ---- what planning believes
+
+
+def test_planning_takes_the_digest_of_an_untouched_image_from_its_lock(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = record(project / "images" / "train.sif", versions={"torch": "2.13.0", "six": "1"})
+    digest = sha256(image)
+    monkeypatch.setattr(Digests, "of", lambda self, path: pytest.fail("it was read"))
+    environment = facts().environment("train")
+    assert environment.digest == digest
+    assert environment.versions == {"torch": "2.13.0"}
+
+
+def test_planning_refuses_an_image_that_is_not_what_its_lock_records(project: Path) -> None:
+    image = record(project / "images" / "train.sif")
+    recorded = sha256(image)
+    image.write_bytes(b"an imagE")
+    with pytest.raises(VerificationFailed) as caught:
+        facts().environment("train")
+    assert recorded in caught.value.message
+    assert sha256(image) in caught.value.message
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The images whose signature Apptainer was asked for; those whose content says `good` have one."""
+    found: list[Path] = []
+
+    def verify(self: Apptainer, image: Path, key: Path) -> None:
+        found.append(image)
+        if b"good" not in image.read_bytes():
+            raise VerificationFailed("no good signature")
+
+    monkeypatch.setattr(Apptainer, "verify", verify)
+    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    return found
+
+
+def test_a_demanded_signature_is_checked_once_for_each_content_and_key(project: Path, asked: list[Path]) -> None:
+    key = project / "pub.pem"
+    key.write_text("a key")
+    image = record(project / "images" / "train.sif", b"good")
+    for _ in range(2):
+        facts(verify_key="pub.pem").environment("train")
+    assert asked == [image]
+    record(image, b"good too")
+    facts(verify_key="pub.pem").environment("train")
+    key.write_text("another key")
+    facts(verify_key="pub.pem").environment("train")
+    assert len(asked) == 3
+
+
+def test_an_unsigned_image_is_refused_where_the_site_demands_a_signature(project: Path, asked: list[Path]) -> None:
+    (project / "pub.pem").touch()
+    record(project / "images" / "train.sif", b"bad")
+    for _ in range(2):
+        with pytest.raises(VerificationFailed):
+            facts(verify_key="pub.pem").environment("train")
+    assert len(asked) == 2, "a refusal is not remembered"
+    with pytest.raises(UsageError, match="there is no key"):
+        facts(verify_key="none.pem").environment("train")
+
+
+def test_a_forged_lock_does_not_help_where_the_site_demands_a_signature(project: Path, asked: list[Path]) -> None:
+    (project / "pub.pem").touch()
+    image = record(project / "images" / "train.sif", b"good")
+    facts(verify_key="pub.pem").environment("train")
+    trusted = sha256(image)
+    image.write_bytes(b"evil")
+    imagelock.write(image, ImageLock(sha256=trusted, size=0, made="built", source="x.def"))
+    with pytest.raises(VerificationFailed):
+        facts(verify_key="pub.pem").environment("train")
+
+
+# ---- venvs
+
+
+def test_a_venv_is_made_once_and_replaced_in_one_step(tmp_path: Path) -> None:
+    requirements = tmp_path / "x.requirements.txt"
+    requirements.write_text("# nothing\n")
+    said: list[str] = []
+    made = venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    assert (made / "bin" / "python3").exists()
+    first = os.readlink(made)
+    assert venvs.build("x", requirements, tmp_path / "venvs", said.append) == made
+    assert "up to date" in said[-1]
+    requirements.write_text("# nothing else\n")
+    venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    assert os.readlink(made) != first
+    assert (made.parent / first).is_dir(), "jobs may still use it"
+
+
+def test_a_venv_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UsageError, match="not made by hpc images"):
+        venvs.build("x", tmp_path / "r.txt", tmp_path, print)

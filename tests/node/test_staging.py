@@ -1,0 +1,249 @@
+"""Staging: whole or not at all, once, and never an image in use is removed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc.core.errors import HpcError, VerificationFailed
+from hpc.node import staging
+from hpc.node.staging import Staging, staged, target_of
+
+SIZE = 9 << 20
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "shared" / "train.sif"
+    path.parent.mkdir()
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def wish(source: Path, tmp_path: Path, limit_gb: int = 10) -> Staging:
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    return Staging(
+        source=str(source), sha256=sha256, target=target_of(str(tmp_path / "local"), sha256, 7), limit_gb=limit_gb
+    )
+
+
+class Told(list[tuple[int, int, float]]):
+    """The progress that was told: empty where nothing was copied."""
+
+    def __call__(self, done: int, total: int, rate: float) -> None:
+        self.append((done, total, rate))
+
+
+def test_first_use_copies_and_the_second_is_a_hit(source: Path, tmp_path: Path) -> None:
+    asked, told = wish(source, tmp_path), Told()
+    with staged(asked, told) as path:
+        assert path.read_bytes() == source.read_bytes()
+    assert told
+    assert told[-1][1] == SIZE
+    source.unlink()  # a hit does not even look at it
+    again = Told()
+    begin = time.monotonic()
+    with staged(asked, again) as path:
+        assert path.stat().st_size == SIZE
+    assert time.monotonic() - begin < 0.05
+    assert again == []
+
+
+def test_changed_source_is_refused_with_both_digests_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    source.write_bytes(os.urandom(SIZE))
+    found = hashlib.sha256(source.read_bytes()).hexdigest()
+    with pytest.raises(VerificationFailed) as refused, staged(asked):
+        pass
+    assert refused.value.exit_code == 6
+    assert asked.sha256 in refused.value.message
+    assert found in refused.value.message
+    assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
+
+
+def test_truncated_source_is_refused(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    os.truncate(source, SIZE // 2)
+    with pytest.raises(VerificationFailed), staged(asked):
+        pass
+
+
+def test_source_replaced_during_the_copy_is_refused_or_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wish(source, tmp_path)
+    real, calls = os.read, []
+
+    def read(descriptor: int, count: int) -> bytes:
+        calls.append(count)
+        if len(calls) == 2:
+            with open(source, "r+b") as file:  # in place: the worst case
+                file.seek(SIZE - 10)
+                file.write(b"tampered!!")
+        return real(descriptor, count)
+
+    monkeypatch.setattr(staging.os, "read", read)
+    with pytest.raises(VerificationFailed), staged(asked):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["truncate", "overwrite", "replace"])
+def test_damaged_copy_is_noticed_and_made_again(source: Path, tmp_path: Path, damage: str) -> None:
+    asked = wish(source, tmp_path)
+    with staged(asked) as path:
+        pass
+    stat = path.stat()
+    if damage == "truncate":
+        os.truncate(path, 100)
+    elif damage == "overwrite":
+        with open(path, "r+b") as file:
+            file.write(b"x")
+    else:
+        path.unlink()
+        path.write_bytes(bytes(SIZE))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as somebody would who wants it unseen
+    with staged(asked) as path:
+        assert path.read_bytes() == source.read_bytes()
+
+
+def _stage(asked: Staging, started: object, told: object) -> None:
+    def tell(done: int, total: int, rate: float) -> None:
+        told.put(os.getpid())  # type: ignore[attr-defined]
+
+    started.wait()  # type: ignore[attr-defined]
+    with staged(asked, tell):
+        pass
+
+
+def test_eight_at_once_make_one_copy(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    context = multiprocessing.get_context("fork")
+    started, told = context.Event(), context.Queue()
+    workers = [context.Process(target=_stage, args=(asked, started, told)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    started.set()
+    for worker in workers:
+        worker.join(30)
+        assert worker.exitcode == 0
+    copied = set()
+    while not told.empty():
+        copied.add(told.get())
+    assert len(copied) == 1
+    assert hashlib.sha256(Path(asked.target).read_bytes()).hexdigest() == asked.sha256
+
+
+def _killed_in_the_middle(asked: Staging) -> None:
+    def die(done: int, total: int, rate: float) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with staged(asked, die):
+        pass
+
+
+def test_kill_in_the_middle_frees_the_lock_and_leaves_no_half_image(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    worker = multiprocessing.get_context("fork").Process(target=_killed_in_the_middle, args=(asked,))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGKILL
+    assert not Path(asked.target).exists()
+    assert Path(asked.target).with_suffix(".part").exists()
+    with staged(asked) as path:
+        assert path.read_bytes() == source.read_bytes()
+    assert not path.with_suffix(".part").exists()
+
+
+def test_full_disk_is_said_and_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = wish(source, tmp_path)
+    monkeypatch.setattr(staging, "_free", lambda folder: SIZE - 1)
+    with pytest.raises(HpcError, match=r"no room for train\.sif"), staged(asked):
+        pass
+    monkeypatch.undo()
+
+    def full(source: int, part: Path, size: int, tell: object) -> str:
+        part.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(staging, "_copy_hashed", full)
+    with pytest.raises(HpcError, match=r"no room for train\.sif"), staged(asked):
+        pass
+    assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
+
+
+def test_missing_source_is_said(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    source.unlink()
+    with pytest.raises(HpcError, match="cannot be staged: No such file") as error, staged(asked):
+        pass
+    assert error.value.hint == "do all nodes see it?"
+
+
+def image(tmp_path: Path, name: str) -> Staging:
+    path = tmp_path / name
+    path.write_bytes(os.urandom(SIZE))
+    return wish(path, tmp_path)
+
+
+def test_longest_unused_images_go_first_and_one_in_use_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, used, young, new = (image(tmp_path, n) for n in ("old", "used", "young", "new"))
+    monkeypatch.setattr(staging, "_GB", SIZE)  # a limit of 3 is three of these images
+    for number, one in enumerate((used, old, young)):
+        with staged(one):
+            pass
+        os.utime(Path(one.target).with_suffix(".json"), (number, number))
+    with staged(used):
+        os.utime(Path(used.target).with_suffix(".json"), (0, 0))
+        from dataclasses import replace
+
+        with staged(replace(new, limit_gb=3)):
+            there = {n for n, one in {"old": old, "used": used, "young": young}.items() if Path(one.target).exists()}
+    assert there == {"used", "young"}
+
+
+def test_another_users_images_are_elsewhere(source: Path) -> None:
+    assert target_of("/raid", "ab", 7) != target_of("/raid", "ab", 8)
+
+
+def test_folder_is_the_users_alone(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    with staged(asked) as path:
+        assert path.parent.parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_that_another_user_made_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wish(source, tmp_path)
+    Path(asked.target).parent.mkdir(parents=True)
+    monkeypatch.setattr(staging.os, "getuid", lambda: 12345)
+    with pytest.raises(VerificationFailed, match="belongs to another user"), staged(asked):
+        pass
+
+
+def test_an_image_is_kept_while_a_job_that_waited_for_it_runs(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    inside, leave = threading.Event(), threading.Event()
+
+    def use() -> None:
+        with staged(asked):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    assert inside.wait(10)
+    staging._remove_unused(Path(asked.target))
+    assert Path(asked.target).exists()
+    leave.set()
+    thread.join()
+    staging._remove_unused(Path(asked.target))
+    assert not Path(asked.target).exists()
