@@ -44,17 +44,17 @@ def test_place_of_a_dead_holder_is_free_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_kept_place_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_STALE_S", 0.2)
+    monkeypatch.setattr(slots, "_STALE_S", 1.5)  # well above the time between two looks
     asked = []
     with slot(tmp_path, 1) as keep:
 
         def waiting() -> bool:
             asked.append(1)
             keep()
-            return len(asked) < 5
+            return len(asked) < 12
 
         with slot(tmp_path, 1, waiting):
-            assert len(asked) == 5, "it gave up waiting, and never got the place"
+            assert len(asked) == 12, "it gave up waiting, and never got the place"
 
 
 def test_no_limit_and_a_folder_that_cannot_be_written_hold_nothing_up(tmp_path: Path) -> None:
