@@ -207,7 +207,13 @@ def _batch(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[st
         "comment": comment,
         "signal_delay_s": delay_s,
         "wckey": None,  # submitit would name one, which sites that track them refuse
-        "setup": [*site.setup, "unset PYTHONHOME", f"export PYTHONPATH={shlex.quote(str(run.code))}"],
+        # the batch shell outlives a USR2 that is sent to all of the job (scancel -f): the warning is for the stage
+        "setup": [
+            *site.setup,
+            "trap : USR2",
+            "unset PYTHONHOME",
+            f"export PYTHONPATH={shlex.quote(str(run.code))}",
+        ],
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
         "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
         # else a job whose input failed would wait for ever
