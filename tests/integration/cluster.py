@@ -41,10 +41,12 @@ class Cluster:
         self._script("cluster.sh", "down")
 
     def forget_jobs(self) -> None:
-        """While it is down: the controller loses its state, and will number its jobs from 1 again."""
-        for state in self.dir.glob("state-*"):
-            for entry in state.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """While it is down: the controller without accounting loses its state, and numbers its jobs from 1 again.
+
+        Only that one: with accounting, sacct would answer by the old records of the same numbers.
+        """
+        for entry in (self.dir / "state-none").iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def is_up(self) -> bool:
         """Whether its controller runs and answers."""
