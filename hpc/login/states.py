@@ -146,11 +146,10 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
     job = submitted.job
     if not job:
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
-    if "reused" in job and not RunDir(submitted.run.path.parent / job["reused"]).stage(submitted.stage_dir.name).done(
-        submitted.key
-    ):
-        return _base(submitted, state=NOT_SUBMITTED, reason=f"its result in {job['reused']} is gone: submit again")
     if "reused" in job:
+        source = RunDir(submitted.run.path.parent / job["reused"]).stage(submitted.stage_dir.name)
+        if not source.done(submitted.key):
+            return _base(submitted, state=NOT_SUBMITTED, reason=f"its result in {job['reused']} is gone: submit again")
         return _base(submitted, state="COMPLETED", reused=job["reused"], reason=f"taken from {job['reused']}")
     attempt = submitted.stage_dir.attempt(job["attempt"])
     if job["status"] == "submitting" and _at_work(job.get("submitter")):

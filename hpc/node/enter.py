@@ -17,8 +17,9 @@ from pathlib import Path
 from hpc.core import rundir
 from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
+from hpc.node.deaf import deaf_thread
 from hpc.node.launch import Launch, process_env, without_secrets
-from hpc.node.shield import deaf_thread, shielded
+from hpc.node.shield import shielded
 from hpc.node.staging import Staging, staged
 
 _POLL_S = 0.2

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hpc.node.deaf import deaf_thread
+
 HELPERS = frozenset({"squashfuse_ll", "squashfuse", "fuse-overlayfs", "fuse2fs", "gocryptfs"})
 SHIELDED = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
 
@@ -69,18 +71,6 @@ def helpers(container: int) -> set[int]:
                 if Path(f"/proc/{pid}/comm").read_text().strip() in HELPERS:
                     found.add(int(pid))
     return found
-
-
-def deaf_thread(target: Callable[[], None]) -> threading.Thread:
-    """A started thread that takes no signal: the kernel may give it one, and the main thread would not hear of it.
-
-    Slurm sends CONT and TERM together, which makes it likely. A thread starts with its maker's mask.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return thread
 
 
 def _shield(pid: int, refused: Callable[[str], None]) -> None:

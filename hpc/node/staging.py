@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from hpc.core import rundir
 from hpc.core.errors import HpcError, VerificationFailed
+from hpc.node.deaf import deaf
 from hpc.node.slots import slot
 
 _CHUNK = 4 << 20
@@ -180,11 +180,10 @@ def _write(target: RawIOBase, chunk: bytes) -> None:
 
 @contextmanager
 def _helper_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread that takes no signal: the kernel may give it one, and the main thread would not hear of it."""
+    """A thread for the hashing, which takes no signal."""
     with ThreadPoolExecutor(1) as helper:
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        helper.submit(int)  # a thread starts with its maker's mask
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with deaf():
+            helper.submit(int)  # the pool starts its thread with its first work
         yield helper
 
 
