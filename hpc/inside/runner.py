@@ -18,6 +18,7 @@ from hpc.core import config as configs
 from hpc.core import rundir
 from hpc.core.errors import HpcError
 from hpc.core.stage import STOPPED, Stage, load
+from hpc.inside import once
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -56,7 +57,7 @@ class RunContext:
                 self._stop = True
                 rundir.append_event(self._events, "stopping", signal=signal.Signals(signum).name)
 
-        for number in (signal.SIGUSR2, signal.SIGTERM):
+        for number in once.REQUESTS:
             signal.signal(number, stop)
 
 
@@ -152,4 +153,5 @@ def _sentence(error: Exception) -> str:
 
 
 if __name__ == "__main__":
+    once.told_once()
     raise SystemExit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -28,7 +29,8 @@ from hpc.core.errors import HpcError, VerificationFailed
 from hpc.node.deaf import deaf
 from hpc.node.slots import slot
 
-_CHUNK = 4 << 20
+_CHUNK, _BUFFERS = 1 << 20, 4
+_FLUSH_S = 0.2
 _GB = 1 << 30
 _SPARE = _GB
 """Bytes that stay free on the node's disk."""
@@ -151,36 +153,54 @@ def _waiting(size: int, tell: Tell) -> Callable[[], bool]:
 
 
 def _copy_hashed(source: int, part: Path, size: int, tell: Tell) -> str:
-    """Copy and hash in one pass, the hash of a chunk while it is written; the sha256 of what was written."""
+    """Copy and hash in one pass; the sha256 of what was written.
+
+    A chunk is hashed while it is written and the next ones follow, and the disk is kept busy meanwhile, so that little
+    is left to wait for at the end. The buffers are taken again: new ones would cost more than the copy.
+    """
     digest = hashlib.sha256()
-    hashed: Future[None] = Future()
-    hashed.set_result(None)
+    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(_BUFFERS)]
+    hashed: list[Future[None]] = [_over() for _ in buffers]
+    flushed, last_flush = _over(), time.monotonic()
     done, started, told = 0, time.monotonic(), 0.0
-    with open(part, "wb", buffering=0) as target, _helper_thread() as helper:
-        while chunk := os.read(source, _CHUNK):
-            hashed.result()
-            hashed = helper.submit(digest.update, chunk)
+    with open(part, "wb", buffering=0) as target, _helper_thread() as hasher, _helper_thread() as flusher:
+        for turn in itertools.cycle(range(_BUFFERS)):
+            hashed[turn].result()
+            count = os.readv(source, [buffers[turn]])
+            if not count:
+                break
+            chunk = buffers[turn][:count]
+            hashed[turn] = hasher.submit(digest.update, chunk)
             _write(target, chunk)
-            done += len(chunk)
+            done += count
             now = time.monotonic()
+            if flushed.done() and now - last_flush >= _FLUSH_S:
+                flushed, last_flush = flusher.submit(os.fdatasync, target.fileno()), now
             if now - told >= _TELL_S or done == size:
                 told = now
                 tell(done, size, done / max(now - started, 1e-6))
-        hashed.result()
+        for one in (*hashed, flushed):
+            one.result()
         os.fsync(target.fileno())
     return digest.hexdigest()
 
 
-def _write(target: RawIOBase, chunk: bytes) -> None:
+def _over() -> Future[None]:
+    """Work that is done already."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _write(target: RawIOBase, chunk: memoryview) -> None:
     """All of it: a raw write may take a part only."""
-    view = memoryview(chunk)
-    while view:
-        view = view[target.write(view) :]
+    while chunk:
+        chunk = chunk[target.write(chunk) :]
 
 
 @contextmanager
 def _helper_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread for the hashing, which takes no signal."""
+    """A thread beside the copying one, which takes no signal."""
     with ThreadPoolExecutor(1) as helper:
         with deaf():
             helper.submit(int)  # the pool starts its thread with its first work

@@ -73,7 +73,7 @@ def train_sif(cluster: Cluster) -> Path:
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
-    venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # another one for each checkout tested at once
+    venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # several checkouts are tested at once
     pip = (venv / "bin" / "python", "-m", "pip", "-q")
     wheels = tmp_path_factory.mktemp("wheel")
 

@@ -80,17 +80,17 @@ def test_source_replaced_during_the_copy_is_refused_or_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = wish(source, tmp_path)
-    real, calls = os.read, []
+    real, calls = os.readv, []
 
-    def read(descriptor: int, count: int) -> bytes:
-        calls.append(count)
+    def readv(descriptor: int, buffers: list[memoryview]) -> int:
+        calls.append(descriptor)
         if len(calls) == 2:
             with open(source, "r+b") as file:  # in place: the worst case
                 file.seek(SIZE - 10)
                 file.write(b"tampered!!")
-        return real(descriptor, count)
+        return real(descriptor, buffers)
 
-    monkeypatch.setattr(staging.os, "read", read)
+    monkeypatch.setattr(staging.os, "readv", readv)
     with pytest.raises(VerificationFailed), staged(asked):
         pass
 
