@@ -53,6 +53,8 @@ class Planned:
     sources: tuple[Source, ...]
     reads: tuple[str, ...]
     """Absolute paths outside the run that it reads."""
+    writes: tuple[str, ...] = ()
+    """Absolute paths of folders outside the run that it works in."""
     key: str
 
     @property
@@ -82,6 +84,9 @@ class Facts(Protocol):
 
     def path(self, text: str) -> str | None:
         """The absolute path that `text` means, or None where nothing is there."""
+
+    def place(self, text: str) -> str:
+        """The absolute path that `text` means, be anything there or not."""
 
     def digest(self, path: str) -> str:
         """The content hash of a file or folder."""
@@ -167,7 +172,8 @@ def _one(
     sources = tuple(source for source in found if source is not None)
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
-    config = _with_paths(wish.config, absolute, files)
+    folders = {text: facts.place(text) for text in stage.folders(wish.config)}
+    config = _with_paths(wish.config, absolute, {**files, **folders})
     if stage.check is not None:
         stage.check(config)
     site = of_stage(site, wish.sbatch)
@@ -175,7 +181,7 @@ def _one(
     environment = facts.environment(stage.container)
     key = configs.key_of(
         stage.name,
-        _without_paths(config, absolute, files),
+        _without_paths(config, absolute, {**files, **folders}),
         [[s.name, s.key] for s in sources],
         [facts.digest(files[text]) for text in stage.files(wish.config)],
         environment.digest,
@@ -191,6 +197,7 @@ def _one(
             environment=environment,
             sources=sources,
             reads=reads,
+            writes=tuple(folders.values()),
             key=key,
         ),
         notes,

@@ -8,6 +8,7 @@
                         checkpoints/ what outlives an attempt
                         out/         the outputs
                         manifest.json   written last: the stage is done
+                        endpoint.json   a service, while it answers: node, ports; its token is in `token`, mode 0600
 """
 
 from __future__ import annotations
@@ -107,6 +108,14 @@ class StageDir:
     @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
+
+    @property
+    def endpoint(self) -> Path:
+        return self.path / "endpoint.json"
+
+    @property
+    def token(self) -> Path:
+        return self.path / "token"
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.path / f"attempt-{number}")

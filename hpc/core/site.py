@@ -50,6 +50,11 @@ class Site:
     """Shell lines of the batch script before the job, e.g. `module load apptainer`."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
     """Further sbatch options, passed through as they are."""
+    login_host: str | None = None
+    """The login node's name as a laptop's ssh knows it; for `hpc tunnel`."""
+    reach: Literal["direct", "jump", "relay"] = "direct"
+    """How a service on a node is reached from the login node: node:port answers there; by ssh to the node; or by bytes
+    over `srun --overlap`. With the latter two a service listens on the node's loopback alone."""
     python: str | None = None
     """The host's Python on the compute nodes; None: the one that runs `hpc`."""
     signal_delay_s: int = 90

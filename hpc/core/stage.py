@@ -69,12 +69,19 @@ class Context(Protocol):
     """A folder that outlives this attempt: what is saved here is there again when the stage is resumed."""
     cache: Path
     """A folder shared by all runs, for things that are made once (a converted model)."""
+    folder: Path
+    """The stage's own folder in the run."""
+    bind: str
+    """The address that a service listens on."""
 
     def progress(self, done: float, total: float, message: str = "", **metrics: float) -> None:
         """Say how far the work is; shown by `hpc status` and `--wait`. Cheap: call it at every step."""
 
     def metric(self, **values: Any) -> None:
         """Record figures or short texts in the manifest (JSON values)."""
+
+    def event(self, phase: str, **values: Any) -> None:
+        """Say what phase the work is in, e.g. `ready`; shown by `hpc status`."""
 
     def stopping(self) -> bool:
         """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""
@@ -98,6 +105,10 @@ class Stage:
     run: Callable[[Any, Context], None]
     files: Callable[[Any], tuple[str, ...]] = field(default=lambda config: ())
     """config -> further files that it reads (data). Their content counts in the key; they must exist."""
+    folders: Callable[[Any], tuple[str, ...]] = field(default=lambda config: ())
+    """config -> folders outside the run that it works in. Missing ones are made, for their owner alone."""
+    service: bool = False
+    """It serves until it is ended, by `hpc.inside.service`. It never completes, so nothing of it is taken over."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
     launcher: Launcher = "python"

@@ -31,6 +31,8 @@ class RunContext:
         self.outputs: Mapping[str, Path] = {k: Path(v["path"]) for k, v in document["outputs"].items()}
         self.checkpoints = stage_dir.checkpoints
         self.cache = cache
+        self.folder = stage_dir.path
+        self.bind: str = document.get("bind", "127.0.0.1")
         self.metrics: dict[str, Any] = {}
         self._events = events
         self._last = 0.0
@@ -42,6 +44,9 @@ class RunContext:
             return
         self._last = now
         rundir.append_event(self._events, "running", done=done, total=total, message=message, **metrics)
+
+    def event(self, phase: str, **values: Any) -> None:
+        rundir.append_event(self._events, phase, **values)
 
     def metric(self, **values: Any) -> None:
         self.metrics.update(values)
@@ -92,7 +97,7 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
     context.listen()
     stage.run(configs.decode(stage.config, document["config"]), context)
     missing = [name for name, path in context.outputs.items() if not path.exists()]
-    if missing and context.stopping():
+    if (missing or stage.service) and context.stopping():
         return STOPPED
     if missing:
         raise HpcError(f"{stage.name} ended without making its output {', '.join(missing)}")

@@ -34,8 +34,11 @@ class MachineFacts:
         self._signatures = Signatures(RunsDir(settings.project.runs).signatures, settings.site.apptainer)
 
     def path(self, text: str) -> str | None:
-        path = Path(os.path.normpath(self._root / expand(text)))
-        return str(path) if path.exists() else None
+        path = self.place(text)
+        return path if os.path.exists(path) else None
+
+    def place(self, text: str) -> str:
+        return os.path.normpath(self._root / expand(text))
 
     def digest(self, path: str) -> str:
         return self._digests.of(Path(path))

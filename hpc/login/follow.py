@@ -26,7 +26,7 @@ Show = Callable[[Sequence[StageState]], None]
 
 
 def wait(run: RunDir, stages: Sequence[str], out: IO[str]) -> int:
-    """Until every one of the stages has ended. 0: all completed; 8: stopped and resumable; 1: failed."""
+    """Until every one of the stages has ended, or serves. 0: so it is; 8: stopped and resumable; 1: failed."""
     asked = rundir.read_json(run.run) or {}
     try:
         with _display(out) as show:
@@ -36,11 +36,16 @@ def wait(run: RunDir, stages: Sequence[str], out: IO[str]) -> int:
             f"no longer waiting; {run.id} goes on",
             hint=f"hpc status {run.id}, or hpc cancel {run.id} to end it",
         ) from None
-    bad = [s for s in rows if s.state != "COMPLETED"]
+    serving = [s for s in rows if s.endpoint]
+    bad = [s for s in rows if s.state != "COMPLETED" and s not in serving]
     for state in bad:
         _say_end(run, state, out)
     if not bad:
-        print(f"{run.id}: {', '.join(s.stage for s in rows)} completed", file=out)
+        done = ", ".join(s.stage for s in rows if s not in serving)
+        if done:
+            print(f"{run.id}: {done} completed", file=out)
+        for state in serving:
+            print(f"{run.id}/{state.stage} is ready on {state.endpoint}: hpc tunnel {run.id}/{state.stage}", file=out)
         return 0
     first = next((s for s in bad if s.state != "CANCELLED"), bad[0])
     return 8 if first.resumable and first.state in {"TIMEOUT", "PREEMPTED", "NODE_FAIL"} else 1
@@ -51,7 +56,7 @@ def _watch(run: RunDir, asked: dict[str, object], stages: Sequence[str], show: S
     while True:
         rows = [s for s in states([(run, asked)], scheduler) if s.stage in stages]
         show(rows)
-        ended = not any(s.active or s.state == "UNKNOWN" for s in rows)
+        ended = not any((s.active and not s.endpoint) or s.state == "UNKNOWN" for s in rows)
         fresh = time.monotonic() - asked_at < _LOOK_S
         if ended and fresh:
             return rows

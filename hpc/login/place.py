@@ -91,6 +91,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         "environment": asdict(planned.environment),
         "resources": asdict(planned.resources),
         "cache": str(ground.cache),
+        **({"bind": _bind(site)} if planned.stage.service else {}),
     }
     reads = [*planned.reads, *(i["path"] for i in inputs.values() if i["path"].startswith("/"))]
     start = _launch(planned, ground, attempt, reads)
@@ -121,6 +122,11 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         python=site.python or sys.executable,
         code=run.code,
     )
+
+
+def _bind(site: Site) -> str:
+    """What a service listens on: the node's loopback, unless the login node comes in over the network."""
+    return "0.0.0.0" if site.scheduler == "slurm" and site.reach == "direct" else "127.0.0.1"
 
 
 def _input(source: Source, plan: Plan, ground: Ground) -> dict[str, Any]:
@@ -177,9 +183,8 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     if planned.environment.kind == "venv":
         return launch.venv(folder=planned.environment.path, inner=inner, env=env, passes=passes)
     binds = [launch.Bind(str(run.path), writable=True), launch.Bind(str(cache), writable=True)]
-    binds += [
-        launch.Bind(path, writable=True) for path in (*([ground.hub_home] if ground.hub_home else []), *site.binds)
-    ]
+    hub = [ground.hub_home] if ground.hub_home else []
+    binds += [launch.Bind(path, writable=True) for path in (*hub, *site.binds, *planned.writes)]
     binds += [launch.Bind(path) for path in (*reads, *ground.links) if not path.startswith(f"{run.path}/")]
     return launch.container(
         program=ground.program,

@@ -7,8 +7,10 @@ import pwd
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from hpc.core import endpoint as endpoints
 from hpc.core import rundir
 from hpc.core.errors import HpcError, RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
@@ -21,6 +23,8 @@ _CLOCK_SKEW_S = 5
 ACTIVE = frozenset(
     "PENDING RUNNING CONFIGURING COMPLETING SUSPENDED REQUEUED RESIZING SIGNALING STAGE_OUT STOPPED".split()
 )
+SERVING = frozenset({"ready", "ending"})
+"""The phases in which a service answers."""
 NOT_SUBMITTED = "NOT_SUBMITTED"
 LOST = "LOST"
 """Ended, and neither the run's files nor Slurm know how."""
@@ -52,6 +56,8 @@ class StageState:
     done: float | None = None
     total: float | None = None
     message: str = ""
+    endpoint: str = ""
+    """Where a service answers, as NODE:PORT; empty until it does."""
     exit_code: int | None = None
     resumable: bool = False
     reused: str = ""
@@ -210,6 +216,8 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
     elapsed = time.time() - start if start else None
     events = rundir.last_events(attempt.events)
     state = replace(state, elapsed_s=elapsed, phase=events[-1]["phase"] if events else "starting")
+    if state.phase in SERVING and (found := endpoints.read(StageDir(Path(state.folder)))) is not None:
+        return replace(state, endpoint=found.address, message=events[-1].get("message", ""))
     latest = next((e for e in reversed(events) if e.get("total")), None)
     if latest is None:
         return state

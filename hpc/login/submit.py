@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hpc
@@ -51,7 +52,7 @@ class Submission:
 
     def _stands(self, name: str) -> bool:
         state = self.standing.get(name)
-        return state is not None and (state.active or state.state == "COMPLETED")
+        return state is not None and (state.active or self._done(name))
 
     def dependency(self, placed: Placed, ids: Mapping[str, str]) -> str | None:
         """Slurm's --dependency for the stages that it waits for; @STAGE stands for an id that isn't known yet."""
@@ -60,7 +61,12 @@ class Submission:
 
     def _done(self, name: str) -> bool:
         state = self.standing.get(name)
-        return state is not None and state.state == "COMPLETED"
+        return state is not None and state.state == "COMPLETED" and name not in self.services
+
+    @property
+    def services(self) -> set[str]:
+        """The stages that serve: one that has ended is no result."""
+        return {p.name for p in self.plan.stages if p.stage.service}
 
     def saved(self) -> tuple[float, float]:
         """(seconds, GPU seconds) that stages which are done need not run again."""
@@ -209,12 +215,17 @@ def _done_elsewhere(
 ) -> dict[str, StageDir]:
     """Stage -> the folder in another run that has its result. What only later stages needed is taken too."""
     found: dict[str, StageDir] = {}
+    results = {p.name for p in plan.stages if not p.stage.service}
     for other, asked in everything:
         for name, key in plan.keys.items():
             folder = other.stage(name)
-            if name not in found and other != run and asked["keys"].get(name) == key and folder.done(key):
+            if name in results and name not in found and other != run and folder.done(key) and _asks(asked, name, key):
                 found[name] = folder
     return found
+
+
+def _asks(asked: Mapping[str, Any], name: str, key: str) -> bool:
+    return bool(asked["keys"].get(name) == key)
 
 
 def _result_of(folder: StageDir, runs: RunsDir) -> StageDir:
@@ -260,6 +271,9 @@ def _write_run(work: Submission, settings: Settings) -> None:
                 {"schema": "hpc.job/1", "stage": placed.name, "key": placed.planned.key, "reused": reused},
             )
     for placed in work.todo:
+        for path in map(Path, placed.planned.writes):
+            if not path.exists():
+                path.mkdir(mode=0o700, parents=True)
         placed.stage_dir.path.mkdir(exist_ok=True)
         rundir.write_json(placed.stage_dir.config, placed.document)
 

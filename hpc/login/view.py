@@ -107,6 +107,8 @@ def progress(state: StageState) -> str:
     """The last column: a bar and the latest figures of a running stage, else the reason."""
     if state.state != "RUNNING":
         return state.reason
+    if state.endpoint:
+        return f"{state.phase} on {state.endpoint}  {state.message}".rstrip()
     if not state.total:
         return state.phase
     share = min(1.0, (state.done or 0) / state.total)

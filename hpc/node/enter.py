@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hpc.core import rundir
+from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.deaf import deaf_thread
@@ -55,6 +55,7 @@ def enter(job: Job) -> None:
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     attempt = stage_dir.attempt(job.attempt)
     _keep_earlier_outcome(attempt)
+    endpoint.clear(stage_dir)
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
@@ -66,6 +67,7 @@ def enter(job: Job) -> None:
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
+    endpoint.clear(stage_dir)
     watch.record(result)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)

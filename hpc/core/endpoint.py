@@ -1,0 +1,66 @@
+"""Where a running service answers: written by the service once it does, read by `hpc status` and `hpc tunnel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpc.core import rundir
+from hpc.core.rundir import StageDir
+
+_SCHEMA = "hpc.endpoint/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """One service that has answered."""
+
+    host: str
+    """The node's name, as Slurm has it."""
+    bound: str
+    """The address that it listens on: 0.0.0.0 where other nodes reach it, else 127.0.0.1."""
+    ports: Mapping[str, int]
+    """Name -> port; the first one is what a person opens: {"http": 9250}."""
+    path: str
+    """Of the page that a person opens, e.g. /lab."""
+    health: str
+    """A path that answers 200 to a request with the token, and to no other."""
+    job_id: str
+    pid: int
+    ready: float
+    """When it first answered, seconds since 1970."""
+
+    @property
+    def port(self) -> int:
+        return next(iter(self.ports.values()))
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def page(endpoint: Endpoint, token: str, port: int) -> str:
+    """The address for the browser of a laptop where `port` leads to the service."""
+    mark = "&" if "?" in endpoint.path else "?"
+    return f"http://localhost:{port}{endpoint.path}{mark}token={token}"
+
+
+def write(folder: StageDir, endpoint: Endpoint, token: str) -> None:
+    """Announce it. The token goes into a file of its own that nobody else can read, and is there first."""
+    rundir.write_text(folder.token, token, mode=0o600)
+    rundir.write_json(folder.endpoint, {"schema": _SCHEMA, **asdict(endpoint)})
+
+
+def read(folder: StageDir) -> Endpoint | None:
+    """The service of this stage, or None where none has answered."""
+    document: dict[str, Any] | None = rundir.read_json(folder.endpoint)
+    if document is None or document.get("schema") != _SCHEMA:
+        return None
+    return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
+
+
+def clear(folder: StageDir) -> None:
+    """Nobody is led there any more."""
+    for path in (folder.endpoint, folder.token):
+        path.unlink(missing_ok=True)
