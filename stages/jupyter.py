@@ -39,6 +39,10 @@ def run(config: JupyterConfig, ctx: Context) -> None:
     workspace = Path(config.workspace)
     own = workspace / ".jupyter"
     own.mkdir(mode=0o700, exist_ok=True)
+    page = own / "labconfig" / "page_config.json"
+    page.parent.mkdir(exist_ok=True)
+    if not page.exists():  # it would ask whether to fetch news, where there is no network
+        page.write_text('{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}\n')
     for name in fill(workspace, TEMPLATES / "labs"):
         print(f"new in the workspace: {name}", flush=True)
 
@@ -53,6 +57,9 @@ def run(config: JupyterConfig, ctx: Context) -> None:
                 "--KernelManager.transport=ipc",  # else every user of the node could talk to the kernels' ports
                 f"--ServerApp.shutdown_no_activity_timeout={config.idle_min * 60}",
                 f"--MappingKernelManager.cull_idle_timeout={config.idle_min * 60}",
+                "--LabApp.extension_manager=readonly",  # the image cannot be written
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+                *(["--allow-root"] if os.getuid() == 0 else []),
             ]  # fmt: skip
 
         def env(token: str) -> Mapping[str, str]:

@@ -143,6 +143,9 @@ class Work:
                 f"next: hpc status {work.run.id}   hpc logs -f {work.run.id}   hpc cancel {work.run.id}",
                 file=out,
             )
+        for placed in work.placed:
+            if placed.name in work.services and not waited:
+                print(f"from a laptop, once it is ready: hpc tunnel {work.run.id}/{placed.name}", file=out)
 
 
 def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str], None]) -> Work:

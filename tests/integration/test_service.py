@@ -1,0 +1,179 @@
+"""Service stages on a real cluster: ready before they are announced, private, and gone when they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import serving
+
+from .project import Project
+from .test_states import ended, submit
+
+
+class Door:
+    """One submitted service."""
+
+    def __init__(self, project: Project, run: str) -> None:
+        self.project = project
+        self.run = run
+        self.folder = project.folder / "runs" / run / serving.NAME
+
+    def row(self) -> dict[str, Any]:
+        return self.project.states(self.run)[serving.NAME]
+
+    def ready(self, timeout: float = 60) -> dict[str, Any]:
+        self.project.until(lambda f: bool(f[serving.NAME]["endpoint"]), self.run, timeout)
+        document: dict[str, Any] = json.loads((self.folder / "endpoint.json").read_text())
+        return document
+
+    @property
+    def token(self) -> str:
+        return (self.folder / "token").read_text()
+
+    def end(self, timeout: float = 60) -> dict[str, Any]:
+        return self.project.until(ended(serving.NAME), self.run, timeout)[serving.NAME]
+
+
+@pytest.fixture
+def door(project: Project, hpc_install: Path) -> Project:
+    """A project that has the service stage."""
+    (folder,) = hpc_install.glob("lib/python*/site-packages/stages")
+    serving.write(folder)
+    return project
+
+
+def start(project: Project, *options: str) -> Door:
+    return Door(project, submit(project, serving.NAME, *options))
+
+
+def http(project: Project, url: str, token: str | None = None, *, user: str = "alice", node: str = "login") -> str:
+    """The status code that curl gets, or 000; the token never stands in its arguments."""
+    config = f'header = "Authorization: Bearer {token}"\n' if token else ""
+    done = project.cluster.run(
+        user, "curl", "-s", "--max-time", "5", "-K", "-", "-o", "/dev/null", "-w", "%{http_code}", url,
+        node=node, check=False, input=config,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_it_answers_on_the_login_node_when_status_says_ready(door: Project) -> None:
+    one = start(door, "--set", "door.delay=3")
+    found = door.until(lambda f: f["door"]["state"] == "RUNNING" and f["door"]["phase"] == "running", one.run)["door"]
+    assert found["endpoint"] == ""
+    where = one.ready()
+    address = one.row()["endpoint"]
+    assert address == f"{where['host']}:{where['ports']['http']}"
+    assert http(door, f"http://{address}/health", one.token) == "200"
+    assert http(door, f"http://{address}/health") == "403"
+    text = door.hpc("status", one.run).stdout
+    assert f"ready on {address}" in text
+    again = door.hpc("submit", serving.NAME, "--set", "door.delay=3")
+    assert f"{one.run}: nothing to do for door (RUNNING" in again.stdout
+    assert f"hpc tunnel {one.run}/door" in again.stdout
+    door.hpc("cancel", one.run)
+    assert one.end()["state"] == "CANCELLED"
+    assert not (one.folder / "endpoint.json").exists()
+    assert not (one.folder / "token").exists()
+    assert http(door, f"http://{address}/health") == "000"
+
+
+def test_wait_ends_when_it_is_ready_and_submit_starts_an_ended_one_again(door: Project) -> None:
+    done = door.hpc("submit", serving.NAME, "--wait")
+    (run,) = {row["run"] for row in door.json("status")["stages"]}
+    assert f"{run}/door is ready on dgx" in done.stderr
+    door.hpc("cancel", run)
+    Door(door, run).end()
+    again = submit(door, serving.NAME)
+    assert again == run
+    assert Door(door, run).row()["attempt"] == 2
+    Door(door, run).ready()
+
+
+def test_death_at_the_start_is_told_with_its_last_words(door: Project) -> None:
+    one = start(door, "--set", "door.fail=cannot open")
+    end = one.end()
+    assert (end["state"], end["reason"]) == ("FAILED", "the service ended before it answered: exit code 1")
+    outcome = json.loads((one.folder / "attempt-1" / "outcome.json").read_text())
+    assert "cannot open" in "\n".join(outcome["log_tail"])
+
+
+def test_death_later_is_told(door: Project) -> None:
+    one = start(door)
+    one.ready()
+    address = one.row()["endpoint"]
+    http(door, f"http://{address}/die", one.token)
+    end = one.end()
+    assert (end["state"], end["reason"]) == ("FAILED", "the service ended by itself: exit code 3")
+    assert not (one.folder / "endpoint.json").exists()
+
+
+def test_time_limit_is_announced_and_ends_it(door: Project) -> None:
+    one = start(door, "--time", "1")
+    one.ready()
+    found = door.until(lambda f: f["door"]["phase"] == "ending", one.run, 90)["door"]
+    assert "time limit" in found["message"]
+    assert http(door, f"http://{found['endpoint']}/health", one.token) == "200"
+    assert one.end(120)["state"] == "TIMEOUT"
+    assert not (one.folder / "token").exists()
+
+
+def test_two_users_who_start_at_once_on_one_node_get_ports_of_their_own(
+    door: Project, base_sif: Path, cluster: Any
+) -> None:
+    site = door.folder / "sites" / "slurm-test.toml"
+    site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx01"\n')
+    doors = [start(door, "--set", "door.port=9500", "--set", f"door.ready_s={50 + n}") for n in range(3)]
+    found = [one.ready() for one in doors]
+    assert {f["host"] for f in found} == {"dgx01"}
+    ports = [f["ports"]["http"] for f in found]
+    assert len(set(ports)) == 3
+    for one, port in zip(doors, ports, strict=True):
+        assert http(door, f"http://dgx01:{port}/health", one.token) == "200"
+        others = {other.token for other in doors if other is not one}
+        assert {http(door, f"http://dgx01:{port}/health", token) for token in others} == {"403"}
+
+
+def test_another_user_of_the_node_gets_neither_in_nor_at_the_token(door: Project) -> None:
+    one = start(door)
+    where = one.ready()
+    node, port, token = where["host"], where["ports"]["http"], one.token
+    cluster = door.cluster
+    for place, address in (("login", f"{node}:{port}"), (node, f"127.0.0.1:{port}"), (node, f"{node}:{port}")):
+        assert http(door, f"http://{address}/health", user="bob", node=place) == "403"
+    assert cluster.run("bob", "cat", str(one.folder / "token"), check=False).returncode != 0
+    shown = [
+        cluster.run("bob", "ps", "-eww", "-o", "args", node=node).stdout,
+        cluster.run("bob", "scontrol", "show", "job", "-d", str(one.row()["job_id"])).stdout,
+        cluster.run("bob", "grep", "-rsl", "--", token, str(door.folder), "/tmp", check=False, timeout=120).stdout,
+        cluster.run("bob", "bash", "-c", f"cat /proc/{where['pid']}/environ", node=node, check=False).stdout,
+    ]
+    assert not any(token in text for text in shown[:2])
+    assert shown[2].split() == []
+    assert shown[3] == ""
+    logs = [p for p in one.folder.rglob("*") if p.is_file() and p.name != "token"]
+    assert not [p for p in logs if token.encode() in p.read_bytes()]
+
+
+def test_requeued_service_is_announced_where_it_is_now(door: Project) -> None:
+    one = start(door)
+    first = one.ready()
+    token = one.token
+    job = str(one.row()["job_id"])
+    door.cluster.run("alice", "scontrol", "requeue", job)
+    door.until(lambda f: not f["door"]["endpoint"], one.run)
+    deadline = time.monotonic() + 30
+    while (one.folder / "endpoint.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    door.cluster.run("alice", "scontrol", "update", f"jobid={job}", f"ExcNodeList={first['host']}", "StartTime=now")
+    second = one.ready(180)
+    assert second["host"] != first["host"]
+    assert one.token != token
+    assert http(door, f"http://{second['host']}:{second['ports']['http']}/health", one.token) == "200"
+    assert os.path.exists(one.folder / "attempt-1" / "outcome-0.json")
