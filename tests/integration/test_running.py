@@ -8,12 +8,15 @@ import pty
 import select
 import shutil
 import signal
-import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from hpc.node.shield import helpers
 
 from .project import Project
 from .test_states import ended, submit
@@ -23,17 +26,36 @@ GPU = ("--set", "first.resources.gpus_per_node=1")
 SHELL, GPUS, SRUN = "hpc.node.shell", "hpc.node.gpus", "srun --overlap"
 
 
-def processes(word: str, project: Project) -> list[int]:
-    """Those whose command line names the word and this project's folder."""
-    found = subprocess.run(("ps", "-eo", "pid,args"), capture_output=True, text=True, check=True).stdout
-    lines = [line.split(maxsplit=1) for line in found.splitlines()[1:]]
-    return [int(pid) for pid, args in lines if word in args and str(project.folder) in args]
+def processes(word: str, project: Project) -> set[int]:
+    """Those whose command line has the word, and who were started with a path of this project."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+            if word.encode() in command and os.fsencode(project.folder) in command + (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+    return found
 
 
-def fuse_helpers() -> set[int]:
-    """Those of all of alice's containers on this machine."""
-    found = subprocess.run(("ps", "-C", "squashfuse_ll", "-o", "pid="), capture_output=True, text=True).stdout
-    return {int(pid) for pid in found.split()}
+def on_node(word: str, project: Project) -> int:
+    """The one process of that kind on the node: not srun, whose command line names it too."""
+    (pid,) = processes(word, project) - processes(SRUN, project)
+    return pid
+
+
+def fuse_helper(pid: int) -> int:
+    """The FUSE helper of the container that this process has started."""
+    (container,) = (p for p in children(pid) if helpers(p))
+    (helper,) = helpers(container)
+    return helper
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+
+
+def gone(*pids: int) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def until(wanted: Callable[[], object], what: str, timeout: float = 20) -> None:
@@ -90,13 +112,13 @@ class Terminal:
 
 
 @pytest.fixture
-def at_work(project: Project) -> Iterator[str]:
+def at_work(project: Project) -> str:
     """A run whose stage is at work with one GPU; another one beside it, so that its number is not always 0."""
     other = submit(project, "first", "--set", "first.seconds=300", *GPU, "--set", "first.message=other")
     run = submit(project, "first", "--set", "first.seconds=300", *GPU)
     for one in (other, run):
         project.until(lambda f: f["first"]["state"] == "RUNNING" and f["first"]["done"], one)
-    yield run
+    return run
 
 
 def jobs_own(project: Project, run: str) -> dict[str, str]:
@@ -119,12 +141,12 @@ def test_program_runs_in_the_stages_container_on_its_node(project: Project, at_w
     ]
     wrong = project.hpc("shell", at_work, "--node", "mig01", "--", "true", check=False)
     assert (wrong.returncode, "its job is not on this node" in wrong.stderr) == (2, True)
+    project.folder.chmod(0o755)
     others = project.hpc("shell", at_work, "--", "true", user="bob", check=False)
     assert others.returncode == 7
 
 
 def test_terminal_in_the_container(project: Project, at_work: str) -> None:
-    before = fuse_helpers()
     node = project.states(at_work)["first"]["node"]
     terminal = Terminal(project, "shell", at_work)
     terminal.until(f"{at_work}/first@{node}:")
@@ -138,10 +160,11 @@ def test_terminal_in_the_container(project: Project, at_work: str) -> None:
     terminal.type("\x03")
     terminal.type("echo interrupted-$?\n")
     terminal.until("interrupted-130")
-    assert len(fuse_helpers() - before) == 1
+    shell = on_node(SHELL, project)
+    helper = fuse_helper(shell)
     terminal.type("exit 4\n")
     assert terminal.end() == 4
-    assert fuse_helpers() <= before
+    assert gone(shell, helper)
     assert project.states(at_work)["first"]["state"] == "RUNNING"
 
 
@@ -159,11 +182,11 @@ def test_warning_signal_ends_no_shell(project: Project, at_work: str) -> None:
 
 @pytest.mark.parametrize("how", ["kill hpc", "kill srun", "hang up", "cancel the job"])
 def test_nothing_stays_of_a_shell_however_it_ends(project: Project, at_work: str, how: str) -> None:
-    before = fuse_helpers()
     terminal = Terminal(project, "shell", at_work)
     terminal.until("$ ")
     terminal.type("sleep 200\n")
-    (on_node,) = (p for p in processes(SHELL, project) if p not in processes(SRUN, project))
+    shell = on_node(SHELL, project)
+    helper = fuse_helper(shell)
     if how == "kill hpc":
         terminal.process.kill()
     elif how == "kill srun":
@@ -175,8 +198,7 @@ def test_nothing_stays_of_a_shell_however_it_ends(project: Project, at_work: str
         assert terminal.end() == 1
         assert "error: " + at_work + "/first: its job has ended" in terminal.text
     until(lambda: not processes(SHELL, project), "the shell has ended")
-    until(lambda: fuse_helpers() <= before, "its FUSE helper has ended")
-    assert not Path(f"/proc/{on_node}").exists()
+    until(lambda: gone(shell, helper), "its container's FUSE helper has ended")
     if how != "cancel the job":
         assert project.states(at_work)["first"]["state"] == "RUNNING"
 
@@ -187,6 +209,22 @@ def test_ctrl_c_ends_a_single_program(project: Project, at_work: str) -> None:
     terminal.type("\x03")
     assert terminal.end() == 130
     until(lambda: not processes(SHELL, project), "the program has ended")
+
+
+def test_staged_image_is_the_shells_too(project: Project) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix="hpc-test-scratch-", dir="/tmp"))
+    scratch.chmod(0o1777)
+    try:
+        site = (project.folder / "sites" / "slurm-test.toml").read_text()
+        project.write("sites/slurm-test.toml", site + f'scratch = "{scratch}"\n')
+        run = submit(project, "first", "--set", "first.seconds=300")
+        project.until(lambda f: f["first"]["state"] == "RUNNING" and f["first"]["phase"] == "running", run)
+        used = project.hpc("shell", run, "--", "sh", "-c", "echo $APPTAINER_CONTAINER").stdout.strip()
+        assert used == str(next(scratch.glob("hpc-*/images/*.sif")))
+        project.hpc("cancel", run)
+        project.until(ended("first"), run)
+    finally:
+        shutil.rmtree(scratch)
 
 
 def test_stage_that_waits_or_has_ended_has_no_shell(project: Project) -> None:
@@ -260,6 +298,8 @@ def test_live_table_and_nothing_stays_of_it(project: Project, at_work: str, stub
 
 def test_gpus_that_idle_are_told_of(project: Project, at_work: str, stub: dict[str, str]) -> None:
     terminal = Terminal(project, "top", at_work, env={**stub, "STUB_GPU_USE": "0"})
+    terminal.until("0%")
+    project.cluster.run("alice", "scancel", "-s", "USR2", project.states(at_work)["first"]["job_id"])  # as Slurm warns
     terminal.until("holds 1 GPU, uses none (the last 3", timeout=60)
     terminal.type("\x03")
     assert terminal.end() == 0
