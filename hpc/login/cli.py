@@ -23,12 +23,14 @@ _EXIT_CODES = """exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, program = _own(arguments)
     options = argparse.Namespace(json="--json" in arguments)  # until they are read
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a bar or a name that the locale can't write is no reason to fail
             stream.reconfigure(errors="replace")
     try:
         options = parser().parse_args(arguments)
+        options.program = program
         if options.command is None:
             parser().print_help()
             return 0
@@ -56,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             1 if full else 2,
             options,
         )
+
+
+def _own(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and those after `--` of `hpc shell`, which are another program's."""
+    if arguments[:1] != ["shell"] or "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
 
 
 def _say(message: str, hint: str, code: int, options: argparse.Namespace) -> int:
@@ -97,6 +107,8 @@ COMMANDS = {
     "status": "where my runs stand, finished ones too",
     "logs": "what a stage printed",
     "cancel": "end a run's jobs, or one stage's",
+    "top": "how much my running stages use their GPUs, live",
+    "shell": "a shell, or one program, beside a running stage: on its node, in its container",
     "images": "the images that stages run in: make, fetch, sign and verify them",
     "doctor": "what is there, what is missing, what to do",
 }
@@ -118,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary[:1].upper() + summary[1:] + ".", epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        if name != "logs":
+        if name not in {"logs", "shell"}:
             made[name].add_argument("--json", action="store_true", help="one JSON document on stdout")
     _what(made["plan"], nargs="?")
     _what(made["submit"], nargs=None)
@@ -133,6 +145,14 @@ def parser() -> argparse.ArgumentParser:
         made[name].add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
     made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
     made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    top_ = made["top"]
+    top_.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: all of mine")
+    top_.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two samples (2)")
+    top_.add_argument("--once", action="store_true", help="one sample; so too where no terminal is")
+    shell = made["shell"]
+    shell.usage = "hpc shell [-h] [--node NAME] [RUN[/STAGE]] [-- PROGRAM ARGUMENTS]"
+    shell.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
+    shell.add_argument("--node", metavar="NAME", help="one of the job's nodes (default: its first)")
     made["doctor"].add_argument("--site", metavar="NAME", help="the site profile to check")
     _images(made["images"])
     return top

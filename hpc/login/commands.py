@@ -215,6 +215,45 @@ def cancel(options: argparse.Namespace) -> int:
     return 0
 
 
+def top(options: argparse.Namespace) -> int:
+    from hpc.login import top as gpus
+
+    if not options.interval >= gpus.LEAST_S:
+        raise UsageError(f"--interval {options.interval:g}: too short", hint=f"{gpus.LEAST_S:g} seconds or more")
+    chosen, stage = None, None
+    if options.target:
+        run, stage = _find(options.target, _mine())
+        chosen = [(run, _asked(run))]
+
+    def running() -> list[StageState]:
+        scheduler = Scheduler()
+        rows = states(chosen or _mine(), scheduler)
+        if scheduler.problem is not None:
+            raise scheduler.problem
+        return [s for s in rows if _running(s) and (stage is None or s.stage == stage)]
+
+    if not (options.json or options.once) and sys.stdout.isatty():
+        gpus.live(running, options.interval)
+        return 0
+    found = gpus.once(running())
+    if options.json:
+        _print_json("hpc.top/1", **gpus.document(found))
+    else:
+        gpus.show(found, sys.stdout, sys.stderr)
+    return 0
+
+
+def shell(options: argparse.Namespace) -> int:
+    from hpc.login import shell as shells
+
+    run, stage = _target(options.target)
+    scheduler = Scheduler()
+    rows = states([(run, _asked(run))], scheduler)
+    if scheduler.problem is not None:
+        raise scheduler.problem
+    return shells.enter(run, shells.choose(run, stage, rows), options.program, options.node)
+
+
 def doctor(options: argparse.Namespace) -> int:
     from hpc.login import doctor as checks
 
@@ -244,9 +283,13 @@ def _runs() -> RunsDir:
     return RunsDir(locate().runs)
 
 
+def _mine() -> list[tuple[RunDir, dict[str, Any]]]:
+    return [(run, asked) for run, asked in _runs().runs() if asked["uid"] == _uid()]
+
+
 def _target(text: str | None) -> tuple[RunDir, str | None]:
     """RUN[/STAGE], /STAGE or STAGE of the latest run, or nothing: the latest run of mine."""
-    everything = [(r, a) for r, a in _runs().runs() if a["uid"] == _uid()]
+    everything = _mine()
     if text is None:
         if not everything:
             raise NotFound(f"there are no runs in {_runs().path}", hint="`hpc submit pipeline` starts one")

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc.core.errors import HpcError, RuntimeUnavailable
+from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError
 from hpc.core.limits import NodeKind, Partition
 
 Run = Callable[[Sequence[str]], str]
@@ -58,10 +58,7 @@ def run(argv: Sequence[str], timeout_s: float = 60) -> str:
         done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace",
                               timeout=timeout_s, env=program_env(os.environ))  # fmt: skip
     except FileNotFoundError:
-        raise RuntimeUnavailable(
-            f"{argv[0]} is not on this machine",
-            hint="log in to the cluster's login node, or load its Slurm module; --site local needs no Slurm",
-        ) from None
+        raise missing(argv[0]) from None
     except subprocess.TimeoutExpired:
         raise RuntimeUnavailable(
             f"{argv[0]} gave no answer in {timeout_s:.0f} s",
@@ -70,6 +67,14 @@ def run(argv: Sequence[str], timeout_s: float = 60) -> str:
     if done.returncode != 0:
         raise failure(argv[0], done.stderr or done.stdout)
     return done.stdout
+
+
+def missing(program: str) -> HpcError:
+    """Our error where there is no such program."""
+    return RuntimeUnavailable(
+        f"{program} is not on this machine",
+        hint="log in to the cluster's login node, or load its Slurm module; --site local needs no Slurm",
+    )
 
 
 def program_env(env: Mapping[str, str]) -> dict[str, str]:
@@ -114,6 +119,44 @@ def failure(program: str, stderr: str) -> HpcError:
         if re.search(pattern, words):
             return RuntimeUnavailable(f"{message} ({program}: {words})", hint=hint)
     return RuntimeUnavailable(f"{program} failed: {words or 'no message'}", hint="`hpc doctor` looks at Slurm")
+
+
+def step(
+    job_id: str, program: Sequence[str], *, nodes: int = 1, node: str | None = None, pty: bool = False
+) -> list[str]:
+    """The argv of one more step in a running job: beside the others, on the job's own CPUs and GPUs, one task a node.
+
+    `node` names one of the job's nodes; without it the first ones are taken.
+    """
+    argv = ["srun", "--overlap", f"--jobid={job_id}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    argv += [f"--nodelist={node}"] if node else []
+    argv += ["--pty"] if pty else ["--quit-on-interrupt"]
+    return [*argv, *program]
+
+
+def step_env(env: Mapping[str, str]) -> dict[str, str]:
+    """srun's environment, which the step gets too; the GPUs that it sees are Slurm's to say."""
+    return {k: v for k, v in program_env(env).items() if k != "CUDA_VISIBLE_DEVICES"}
+
+
+_STEP_FAILURES = (
+    ("unrecognized option '--overlap'", RuntimeUnavailable, "this Slurm is older than 20.11: no step can join a job",
+     "log in to the node, where your site allows it"),
+    ("Invalid job id|has expired|already complet|CANCELLED AT|Job step aborted|Force Terminated",
+     HpcError, "its job has ended", "`hpc status` shows how"),
+    ("node configuration|Invalid node name|Only allocated", UsageError, "its job is not on this node",
+     "`hpc status` shows its nodes"),
+    ("Access/permission denied", RuntimeUnavailable, "Slurm does not let you into this job",
+     "is it another user's?"),
+)  # fmt: skip
+
+
+def step_failure(what: str, words: str) -> HpcError:
+    """srun's complaint about a step in the job of `what` (RUN/STAGE), as our error."""
+    for pattern, kind, message, hint in _STEP_FAILURES:
+        if re.search(pattern, words):
+            return kind(f"{what}: {message}", hint=hint)
+    return failure("srun", words)
 
 
 def queue(user: str, call: Run = run) -> dict[str, Queued]:

@@ -319,6 +319,7 @@ def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], schedu
         "submitted": time.time(),
         "limit_min": placed.planned.resources.time_min,
         "after": list(placed.planned.needs),
+        "python": placed.python,
     }
     rundir.write_json(placed.stage_dir.job, document)
     if work.scheduler == "local":

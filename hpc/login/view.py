@@ -8,6 +8,7 @@ from typing import IO, Any
 from unicodedata import east_asian_width
 
 from hpc.login.states import StageState
+from hpc.node.gpus import Gpu
 
 STATE_STYLE = {
     "RUNNING": "bold green",
@@ -46,6 +47,25 @@ def status(rows: Sequence[StageState], out: IO[str] = sys.stdout) -> None:
         for s in rows
     ]
     table(headings, cells, out, style=lambda row: STATE_STYLE.get(row[2], ""), styled=2)
+
+
+def gpus(rows: Sequence[Row], out: IO[str]) -> None:
+    """The table of GPUs; each row is RUN/STAGE, the job, the node and the cells of `gpu`."""
+    headings = ("RUN/STAGE", "JOBID", "NODE", "GPU", "USE", "MEMORY", "POWER", "TEMP", "NAME")
+    table(headings, rows, out, style=lambda row: "green" if "━" in row[4] else "yellow", styled=4)
+
+
+def gpu(one: Gpu) -> Row:
+    """One GPU in words; a dash where nvidia-smi does not tell."""
+    use, used, total = one.utilization, one.memory_used_mib, one.memory_total_mib
+    return (
+        str(one.index),
+        "-" if use is None else f"{bar(use / 100)} {use:3.0f}%",
+        "-" if used is None else f"{used / 1024:.1f}" + (f"/{total / 1024:.1f} GiB" if total else " GiB"),
+        "-" if one.power_w is None else f"{one.power_w:.0f} W",
+        "-" if one.temperature_c is None else f"{one.temperature_c:.0f} °C",
+        one.name,
+    )
 
 
 def table(

@@ -18,6 +18,10 @@ PASSES = (
 )  # fmt: skip
 """Job variables that reach the container, by name or pattern. Everything else of the host stays outside."""
 
+FOR_CONTAINER = "APPTAINERENV_"
+"""Before the name of a variable that the container program sets inside."""
+NOT_SHOWN = "(not shown)"
+"""Stands for a secret where an environment is written down."""
 _SECRETS = ("*TOKEN*", "*SECRET*", "*PASSWORD*", "*_KEY")
 _LOGIN = re.compile(r"//[^/@\s]+@")
 """user:password in a URL, as in HTTPS_PROXY."""
@@ -81,6 +85,26 @@ def container(
     )
 
 
+_WITH_VALUE = {"--no-mount", "--pwd", "--mount"}
+"""The options of `container` whose value is the next word."""
+
+
+def is_container(argv: Sequence[str]) -> bool:
+    """True where `container` made this argv, False where `venv` did."""
+    return "exec" in argv[1:3]
+
+
+def beside(argv: Sequence[str], inner: Sequence[str], cwd: str) -> tuple[str, ...]:
+    """Another program in the same container: argv as `container` made it, with other last words and folder."""
+    words = list(argv)
+    place = words.index("exec") + 1
+    while words[place].startswith("--"):
+        if words[place] == "--pwd":
+            words[place + 1] = cwd
+        place += 2 if words[place] in _WITH_VALUE else 1
+    return (*words[: place + 1], *inner)
+
+
 def venv(*, folder: str, inner: Sequence[str], env: Mapping[str, str], passes: Sequence[str]) -> Launch:
     """`inner`, whose first word is python3, with the Python of a venv."""
     path = {"PATH": f"{folder}/bin:/usr/local/bin:/usr/bin:/bin"}
@@ -111,7 +135,7 @@ def process_env(launch: Launch, job: Mapping[str, str]) -> dict[str, str]:
         keep = {k: job[k] for k in ("HOME", "USER", "LANG", "TMPDIR") if k in job}
         return {"LANG": "C.UTF-8", **keep, **inside}
     outside = {k: v for k, v in job.items() if k in _OUTSIDE or k.startswith(("APPTAINER_", "SINGULARITY_"))}
-    return {**outside, **{f"APPTAINERENV_{k}": v for k, v in inside.items()}}
+    return {**outside, **{FOR_CONTAINER + k: v for k, v in inside.items()}}
 
 
 _OUTSIDE = {"PATH", "HOME", "USER", "LOGNAME", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "LD_LIBRARY_PATH"}
@@ -133,6 +157,6 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     {'HF_TOKEN': '(not shown)', 'TZ': 'UTC'}
     """
     return {
-        k: "(not shown)" if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else _LOGIN.sub("//(not shown)@", v)
+        k: NOT_SHOWN if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else _LOGIN.sub(f"//{NOT_SHOWN}@", v)
         for k, v in env.items()
     }

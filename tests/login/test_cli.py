@@ -133,6 +133,9 @@ def test_wrong_usage_is_2_and_says_what_was_meant(
         (["logs", "none-1"], 7, "there is no run 'none-1' in"),
         (["cancel", "none-1/merge"], 7, "there is no run 'none-1' in"),
         (["logs", "merge"], 7, "no run has a stage 'merge' yet"),
+        (["shell"], 7, "there are no runs in"),
+        (["shell", "none-1/merge", "--", "ls", "--json"], 7, "there is no run 'none-1' in"),
+        (["top", "none-1"], 7, "there is no run 'none-1' in"),
     ],
 )
 def test_what_is_not_there_is_7(argv: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +146,35 @@ def test_what_is_not_there_is_7(argv: list[str], code: int, said: str, capsys: p
 def test_status_of_an_empty_folder_is_no_error(capsys: pytest.CaptureFixture[str], project: Path) -> None:
     assert cli.main(["status"]) == 0
     assert capsys.readouterr().err == f"no runs in {project}/runs; `hpc submit pipeline` starts one\n"
+
+
+def test_top_without_runs_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top"]) == 0
+    assert capsys.readouterr().err == "no running stage of yours holds a GPU; `hpc status` shows what runs\n"
+    assert document(capsys, "top") == {"schema": "hpc.top/1", "gpus": [], "problems": [], "left_out": 0}
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "nan"])
+def test_top_needs_some_time_between_samples(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", "--interval", interval]) == 2
+    assert "0.5 seconds or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "target", "program"),
+    [
+        (["shell"], None, []),
+        (["shell", "--", "ls", "--", "-l"], None, ["ls", "--", "-l"]),
+        (["shell", "first-1", "--node", "dgx01", "--", "hpc", "--json"], "first-1", ["hpc", "--json"]),
+    ],
+)
+def test_what_stands_behind_two_dashes_is_another_programs(
+    argv: list[str], target: str | None, program: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(commands, "shell", lambda options: found.append(options) or 0)
+    assert cli.main(argv) == 0
+    assert (found[0].target, found[0].program, found[0].json) == (target, program, False)
 
 
 def document(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

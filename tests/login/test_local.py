@@ -434,3 +434,40 @@ def test_plan_shows_no_secret_of_the_site(local: Local) -> None:
     (local.folder / "sites").mkdir()
     (local.folder / "sites" / "s.toml").write_text('extends = "local"\nenv = { NGC_API_KEY = "s3cret" }\n')
     assert "s3cret" not in local.hpc("plan", "--site", "s", "--json").stdout
+
+
+def test_shell_runs_beside_the_stage_in_its_venv(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=30")
+    local.running("first-1/first")
+    done = local.hpc("shell", "--", "sh", "-c", "pwd; command -v python3; echo $PYTHONNOUSERSITE; exit 5", code=5)
+    assert done.stdout.split() == [f"{local.folder}/runs/first-1/first", f"{local.folder}/venv/bin/python3", "1"]
+    assert (done.stderr, local.states()) == ("", {"first": "RUNNING"})
+    refused = local.hpc("shell", "first-1", "--node", "dgx01", "--", "true", code=2)
+    assert "runs on this machine, not on dgx01" in refused.stderr
+    local.hpc("cancel")
+    ended = local.hpc("shell", "first-1/first", "--", "true", code=7)
+    assert ended.stderr == (
+        "error: first-1/first is CANCELLED: there is no container to enter\n"
+        "  try: `hpc status first-1` shows where it stands\n"
+    )
+
+
+def test_top_of_a_stage_without_gpus_says_so(local: Local) -> None:
+    local.hpc("submit", "first", "--set", "first.seconds=30")
+    local.running("first-1/first")
+    done = local.hpc("top")
+    assert (done.stdout, done.stderr[:41]) == ("", "no running stage of yours holds a GPU; `h")
+
+
+def test_top_shows_the_gpus_of_this_machine(local: Local) -> None:
+    path = f"{ROOT}/tests/cluster/stubs:{os.environ['PATH']}"
+    (local.folder / "sites").mkdir()
+    (local.folder / "sites" / "s.toml").write_text('extends = "local"\ngpus = "gpus_per_node"\n')
+    gpus = ("--site", "s", "--set", "first.resources.gpus_per_node=1", "--set", "first.seconds=30")
+    local.hpc("submit", "first", *gpus)
+    local.running("first-1/first")
+    (row,) = json.loads(local.hpc("top", "first", "--json", env={"PATH": path, "CUDA_VISIBLE_DEVICES": "5"}).stdout)[
+        "gpus"
+    ]
+    assert (row["run"], row["stage"], row["node"]) == ("first-1", "first", os.uname().nodename)
+    assert (row["index"], row["utilization"]) == (0, 50.0), "the job's GPU, not that of this shell"

@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 
-from hpc.node.launch import PASSES, Bind, Launch, container, mount, passed, process_env, venv, without_secrets
+from hpc.node.launch import (
+    PASSES,
+    Bind,
+    Launch,
+    beside,
+    container,
+    is_container,
+    mount,
+    passed,
+    process_env,
+    venv,
+    without_secrets,
+)
 
 INNER = ("python3", "-m", "hpc.inside.runner", "merge", "/runs/r-1/merge/config.json", "/runs/r-1/merge/attempt-1")
 
@@ -155,3 +167,16 @@ def test_secret_is_not_written_down(name: str) -> None:
 def test_login_in_the_address_of_a_proxy_is_not_written_down() -> None:
     env = {"HTTPS_PROXY": "http://me:s3cret@proxy:3128", "HF_ENDPOINT": "https://hub.example/a@b"}
     assert without_secrets(env) == {**env, "HTTPS_PROXY": "http://(not shown)@proxy:3128"}
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+def test_another_program_in_the_same_container(gpus: bool) -> None:
+    launch = sif(gpus=gpus, binds=[Bind("/exec"), Bind("/-x,y")])
+    found = beside(launch.argv, ("sh",), "/elsewhere")
+    assert found == sif(gpus=gpus, binds=[Bind("/exec"), Bind("/-x,y")], inner=("sh",), cwd="/elsewhere").argv
+
+
+def test_container_and_venv_are_told_apart() -> None:
+    assert is_container(sif().argv)
+    assert is_container(sif(program="/opt/exec/bin/singularity").argv)
+    assert not is_container(venv(folder="/exec", inner=INNER, env={}, passes=()).argv)
