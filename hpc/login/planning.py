@@ -57,7 +57,7 @@ class Work:
         state = self.submission.standing.get(placed.name)
         if placed.name in self.submission.reused:
             return f"done in {self.submission.reused[placed.name].path.parent.name}"
-        if state is not None and state.state == "COMPLETED":
+        if state is not None and state.state == "COMPLETED" and placed.name not in self.submission.services:
             return "done"
         if state is not None and state.active:
             return f"{state.state} as job {state.job_id}"

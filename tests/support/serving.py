@@ -25,8 +25,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         good = self.headers.get("Authorization") == "Bearer " + os.environ["TOKEN"]
         good = good or query == "token=" + os.environ["TOKEN"]
-        if good and path == "/die":
-            os._exit(3)
+        if good and path in ("/die", "/leave"):
+            os._exit(3 if path == "/die" else 0)
         body = bytes(int(path[5:])) if good and path[:5] == "/big/" else os.uname().nodename.encode() if good else b""
         self.send_response(200 if good else 403)
         self.send_header("Content-Length", str(len(body)))
