@@ -45,7 +45,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
     for name in sorted({*recipes.names(root), *site.environments, *lying}):
         candidates = [folder / f"{name}.sif"] if folder and name in lying else environment_paths(name, site, root)
         path = next((p for p in candidates if p.exists()), candidates[0])
-        rows.append({"name": name, "path": str(path), **_standing(name, path, root)})
+        rows.append({"name": name, "path": str(path), **_standing(name, path, folder, root)})
     if not options.json:
         shown = [
             (r["name"], r["state"], _size(r["size"]), ", ".join(f"{k} {v}" for k, v in r["versions"].items()) or "-",
@@ -56,7 +56,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
     return {"folder": str(folder) if folder else None, "images": rows}
 
 
-def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
+def _standing(name: str, path: Path, folder: Path | None, root: Path) -> dict[str, Any]:
     """What can be said of an environment without reading the image."""
     if not path.is_file():
         kind = "venv" if (path / "bin" / "python3").exists() else None
@@ -66,10 +66,8 @@ def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
     if lock is None:
         return {**found, "state": "unrecorded"}
     state = "recorded" if lock.untouched(path) else "touched"
-    if lock.recipe and name in recipes.names(root):
-        now = recipes.find(name, root).inputs(None, {})
-        if any(lock.inputs.get(k) != v for k, v in now.items()):
-            state = "outdated"
+    if recipes.outdated(name, path, (folder,), root):
+        state = "outdated"
     return {**found, "state": state, "sha256": lock.sha256, "signed": lock.signed, "versions": lock.told()}
 
 
@@ -81,16 +79,17 @@ def _build(options: argparse.Namespace, settings: Settings) -> Answer:
         return _told(options, {"name": options.name, "kind": "venv", "path": str(made)})
     with ExitStack() as stack:
         maker = _maker(options, settings, stack)
-        given = dict(_argument(text) for text in options.build_arg)
-        image, fresh = maker.build(recipes.find(options.name, root), given, force=options.force)
+        recipe = recipes.find(options.name, root)
+        given = dict(_argument(text, recipe) for text in options.build_arg)
+        image, fresh = maker.build(recipe, given, force=options.force)
     return _told(options, _made(image, fresh))
 
 
-def _argument(text: str) -> tuple[str, str]:
+def _argument(text: str, recipe: recipes.Recipe) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--build-arg {text}: not NAME=VALUE", hint="for example --build-arg mirror=URL")
-    return name, str(Path(value).absolute()) if name in {"base", "wheels"} else value
+    return name, str(Path(value).absolute()) if name in {recipe.below, "wheels"} else value
 
 
 def _pull(options: argparse.Namespace, settings: Settings) -> Answer:

@@ -56,6 +56,7 @@ class Maker:
     def build(self, recipe: Recipe, given: Mapping[str, str], *, force: bool = False) -> tuple[Path, bool]:
         """The recipe's image, and whether it was made now; where it is there and up to date nothing is done."""
         recipes.refuse_unknown(recipe, given)
+        recipes.chain(recipe, self.root)
         image = self.folder / f"{recipe.name}.sif"
         base = self._base(recipe, given)
         inputs = recipe.inputs(imagelock.digest(base, sha256) if base else None, given)
@@ -71,7 +72,7 @@ class Maker:
             self._refuse_small(base, arguments.get("wheels"))
             copied = Path(shutil.copy(recipe.path, folder))
             self.say(f"{recipe.name}: building {image}")
-            self.apptainer.build(copied, part, arguments)
+            self.apptainer.build(copied, part, arguments, *login(None, recipe.source))
             self._finish(part, image, ImageLock(
                 sha256="", size=0, made="built", source=recipe.path.name, recipe=key, inputs=inputs,
             ))  # fmt: skip
@@ -127,31 +128,29 @@ class Maker:
         )
         for name, version in lock.versions.items():
             label = lock.labels.get(f"org.hpc.{name}", version)
-            if label != version:
+            if not f"{version}.".startswith(f"{label}."):  # a label may say the minor version alone
                 self.say(f"warning: the label org.hpc.{name} says {label}, and {version} is installed")
         imagelock.install(part, image)
         imagelock.write(image, lock)
 
     def _base(self, recipe: Recipe, given: Mapping[str, str]) -> Path | None:
         """The image that the recipe stands on: as given, else in one of the two folders, else built now."""
-        if "base" not in recipe.arguments:
+        name = recipe.below
+        if name is None:
             return None
-        if "base" in given:
-            return Path(given["base"])
-        lying = [folder / "base.sif" for folder in (self.folder, self.shared) if folder]
-        below = recipes.find("base", self.root)
-        current = recipes.key(below.inputs(None, {}))
-        for image in filter(Path.is_file, lying):
-            lock = imagelock.read(image)
-            if lock is None or lock.recipe in {"", current}:  # one that somebody brought is theirs to renew
+        if name in given:
+            return Path(given[name])
+        for folder in (self.folder, self.shared):
+            image = recipes.lying(name, [folder])
+            if image and not recipes.outdated(name, image, (self.folder, self.shared), self.root):
                 return image
-        return self.build(below, {})[0]
+        return self.build(recipes.find(name, self.root), {})[0]
 
     def _arguments(self, recipe: Recipe, given: Mapping[str, str], base: Path | None, folder: Path) -> dict[str, str]:
         """Every {{ argument }} of the recipe with its value."""
         found = dict(given)
-        if base is not None:
-            found["base"] = str(base)
+        if recipe.below is not None:
+            found[recipe.below] = str(base)
         if "mirror" in recipe.arguments and "mirror" not in found:
             found["mirror"] = recipes.mirror(recipes.release(recipe))
         if recipe.requirements is not None:
@@ -161,15 +160,15 @@ class Maker:
         return found
 
     def _wheels(self, recipe: Recipe, base: Path | None, folder: Path) -> Path:
-        if recipe.requirements is None or base is None:
+        if recipe.requirements is None or not (base or recipe.python):
             raise UsageError(
-                f"{recipe.path.name} wants wheels, but has no requirements or no base to choose them for",
-                hint=f"write {recipe.name}.requirements.txt beside it, or --build-arg wheels=FOLDER",
+                f"{recipe.path.name} wants wheels, but has no requirements, or no Python to choose them for is known",
+                hint=f"write {recipe.name}.requirements.txt beside it, label it org.hpc.python 3.12, or"
+                " --build-arg wheels=FOLDER",
             )
-        version = self.apptainer.versions(base).get("python", "")
-        if not version:
-            raise HpcError(f"{base} has no python3 that answers", hint="rebuild it: hpc images build base --force")
-        minor = version.rpartition(".")[0]
+        minor = recipe.python or self.apptainer.versions(base or Path()).get("python", "").rpartition(".")[0]
+        if not minor:
+            raise HpcError(f"{base} has no python3 that answers", hint=f"hpc images build {recipe.below} --force")
         program = recipes.python(minor)
         self.say(f"{recipe.name}: wheels for Python {minor}")
         work = self.apptainer
@@ -177,7 +176,8 @@ class Maker:
         def run(argv: Sequence[str]) -> int:
             return images.run(argv, work.log, work.tell, env=os.environ, cwd=folder)
 
-        return recipes.wheels(recipe.requirements, folder / "wheels", program, run, work.log)
+        below = [r.requirements for r in recipes.chain(recipe, self.root)[1:] if r.requirements]
+        return recipes.wheels(recipe.requirements, below, folder / "wheels", program, run, work.log)
 
     def _refuse_small(self, base: Path | None, wheels: str | None) -> None:
         parts = sum(p.stat().st_size for p in Path(wheels).glob("*.whl")) if wheels else 0
