@@ -18,6 +18,7 @@ import pytest
 from hpc.core.digest import sha256
 
 from .cluster import Cluster, CommandError
+from .conftest import CHECKOUT
 from .project import SITE, Project
 
 RECIPE = """\
@@ -41,14 +42,6 @@ From: {{ base }}
 
 
 @pytest.fixture(scope="session")
-def spython(hpc_install: Path) -> None:
-    """The extra `images`."""
-    pip = (hpc_install / "bin" / "python", "-m", "pip", "install", "-q", "spython==0.3.14")
-    done = subprocess.run(pip, check=False, capture_output=True, text=True, umask=0o022)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="session")
 def offline(cluster: Cluster) -> dict[str, str]:
     """The environment that lets pip work on the login node, from which no package index can be reached."""
     folder = cluster.dir / "wheelhouse"
@@ -62,7 +55,7 @@ def offline(cluster: Cluster) -> dict[str, str]:
 
 
 @pytest.fixture
-def images(project: Project, base_sif: Path, spython: None) -> Path:
+def images(project: Project, base_sif: Path) -> Path:
     """The project's own folder of images, with the base image in it, which nothing is recorded of."""
     folder = project.folder / "images"
     shutil.copy(base_sif, project.write("images/base.sif", ""))
@@ -247,6 +240,94 @@ def test_a_registry_out_of_reach_is_4_with_the_ways_out(project: Project, images
     assert "docker-archive:" in done.stderr
     assert "s3cret" not in done.stdout + done.stderr
     assert sorted(p.name for p in images.iterdir()) == [".y.making", "base.sif"]
+
+
+@pytest.mark.parametrize("name", ["trtllm", "triton"])
+def test_an_image_of_ngc_that_cannot_be_reached_is_4_with_the_ways_out(
+    project: Project, images: Path, name: str
+) -> None:
+    refused = project.hpc("images", "build", name, check=False)
+    assert refused.returncode == 2
+    assert "needs a value for 'digest'" in refused.stderr
+    asked = ("--build-arg", f"digest=sha256:{'0' * 64}", "--build-arg", "wheels=.")
+    done = project.hpc("images", "build", name, *asked, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "nvcr.io cannot be reached" in done.stderr
+    assert f"hpc images pull {name} {name}.sif" in done.stderr
+
+
+STUB = """\
+Bootstrap: localimage
+From: {{ base }}
+
+%files
+    {{ wheels }} /opt/build/wheels
+
+%post
+    python3 "$(echo /opt/build/wheels/pip-*.whl)/pip" install -q --no-index --no-deps --find-links /opt/build/wheels \\
+        --root-user-action ignore numpy
+    made=$(echo /usr/local/lib/python3*/dist-packages)/tensorrt_llm-1.dist-info
+    mkdir $made
+    printf 'Metadata-Version: 2.1\\nName: tensorrt_llm\\nVersion: {{ version }}\\n' >$made/METADATA
+    for name in trtllm-build tritonserver; do
+        printf '#!/bin/sh\\n' >/usr/local/bin/$name
+        chmod 755 /usr/local/bin/$name
+    done
+    rm -r /opt/build
+
+%environment
+    export NVIDIA_TRITON_SERVER_VERSION=26.07
+"""
+"""A stub of NVIDIA's image: names and versions without what is behind them."""
+
+
+@pytest.fixture(scope="session")
+def ngc_wheels(cluster: Cluster) -> Path:
+    """What trtllm.requirements.txt wants, and the numpy of the stub, for the stub's Python."""
+    folder = cluster.dir / "ngc-wheels"
+    venv = folder / "venv"
+    pins = (CHECKOUT / "containers/trtllm.requirements.txt", "pip", "numpy==1.26.4")
+    for argv in (
+        ("/usr/bin/python3", "-m", "venv", venv),
+        (venv / "bin/pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder / "wheels", "-r", *pins),
+    ):
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+        assert done.returncode == 0, done.stderr
+    return folder / "wheels"
+
+
+def stand_on_the_stub(project: Project, name: str) -> None:
+    """The project's recipe is the toolkit's but for its header, and its Python is the stub's."""
+    text = (CHECKOUT / "containers" / f"{name}.def").read_text()
+    text = text.replace("Bootstrap: docker\nFrom: nvcr.io/nvidia/tritonserver@{{ digest }}", "{header}")
+    assert "{header}" in text
+    text = text.replace("{header}", "Bootstrap: localimage\nFrom: {{ stub }}")
+    project.write(f"containers/{name}.def", text.replace("org.hpc.python 3.12", "org.hpc.python 3.11"))
+    requirements = (CHECKOUT / "containers" / f"{name}.requirements.txt").read_text()
+    project.write(f"containers/{name}.requirements.txt", requirements)
+
+
+def test_the_recipes_for_ngc_work_on_a_stub_of_its_image(project: Project, images: Path, ngc_wheels: Path) -> None:
+    project.write("containers/stub.def", STUB)
+    wheels = ("--build-arg", f"wheels={ngc_wheels}")
+    further = (*wheels, "--build-arg", "digest=sha256:0")
+    for version in ("1.2.1", "1.3.0"):
+        project.hpc("images", "build", "stub", "--build-arg", f"version={version}", *wheels)
+        for name in ("trtllm", "triton"):
+            stand_on_the_stub(project, name)
+            stub = ("--build-arg", f"stub={images}/stub.sif")
+            done = project.hpc("images", "build", name, *stub, *further, "--json", check=False)
+            if (name, version) == ("trtllm", "1.3.0"):
+                assert done.returncode == 1
+                assert "TensorRT-LLM 1.3.0 builds no engines any more" in done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            made = json.loads(done.stdout)
+            assert made["versions"]["tensorrt-llm"] == version
+            assert made["labels"]["org.hpc.base"] == "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
+            assert made["labels"]["org.hpc.digest"] == "sha256:0"
+    other = project.hpc("images", "build", "triton", *stub, *further, "--build-arg", "tag=26.06-x", check=False)
+    assert "the tag is 26.06-x, and the image is of 26.07" in other.stderr
 
 
 def test_an_index_out_of_reach_is_4_with_the_ways_out(project: Project, images: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_projects_own_recipes_come_before_those_of_the_toolkit(project: Path) 
 
 
 def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(project: Path) -> None:
-    found = recipe(project, "# say {{ nothing }}\nFrom: {{ base }}\n%post\n    echo {{cuda}} {{ base }}\n")
+    found = recipe(project, "# say {{ nothing }}\nBootstrap: localimage\nFrom: {{ base }}\n%post\n    echo {{cuda}} {{ base }}\n")
     assert found.arguments == ("base", "cuda")
     with pytest.raises(UsageError, match="needs a value for 'cuda'"):
         recipes.refuse_unknown(found, {})
@@ -81,9 +81,42 @@ def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(projec
     recipes.refuse_unknown(found, {"cuda": "12"})
 
 
+def test_a_recipe_stands_on_the_environment_that_it_is_from(project: Path) -> None:
+    found = recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n")
+    assert found.below == "train"
+    assert [r.name for r in recipes.chain(found, project)] == ["mine", "train", "base"]
+    recipes.refuse_unknown(found, {})  # filled in
+    assert recipe(project, "Bootstrap: docker\nFrom: {{ image }}\n").below is None
+    assert recipe(project, "Bootstrap: localimage\nFrom: /images/x.sif\n").below is None
+
+
+def test_a_recipe_that_stands_on_itself_is_refused(project: Path) -> None:
+    (project / "containers" / "train.def").write_text("Bootstrap: localimage\nFrom: {{ mine }}\n")
+    found = recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n")
+    with pytest.raises(UsageError, match="stands on itself"):
+        recipes.chain(found, project)
+
+
+def test_a_default_is_read_out_of_the_recipe_and_a_comment_says_what_to_give(project: Path) -> None:
+    found = recipe(project, "# cuda: 12 or 13\nFrom: x:{{ tag }}\n%arguments\n    tag=1 2 # a\n%post\n    {{ cuda }}=1\n")
+    assert found.defaults == {"tag": "1 2 # a"}
+    with pytest.raises(UsageError, match="needs a value for 'cuda'") as caught:
+        recipes.refuse_unknown(found, {})
+    assert caught.value.hint == "--build-arg cuda=12 or 13"
+
+
+def test_a_venv_gets_the_requirements_of_all_that_its_environment_stands_on(project: Path) -> None:
+    recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n", "six==1.17.0\n")
+    assert [path.name for path in recipes.pinned("mine", project)] == ["mine.requirements.txt", "train.requirements.txt"]
+    (project / "containers" / "venv-only.requirements.txt").touch()
+    assert [path.name for path in recipes.pinned("venv-only", project)] == ["venv-only.requirements.txt"]
+
+
 def test_a_recipes_key_changes_with_all_that_it_is_made_of(project: Path) -> None:
+    stands = "Bootstrap: localimage\nFrom: {{ base }}\n"
+
     def key(text: str = "a", requirements: str = "b", base: str = "c", **given: str) -> str:
-        return recipes.key(recipe(project, text, requirements).inputs(base, given))
+        return recipes.key(recipe(project, stands + text, requirements).inputs(base, given))
 
     keys = [key(), key(text="x"), key(requirements="x"), key(base="x"), key(cuda="12")]
     assert len(set(keys)) == len(keys)
@@ -111,6 +144,47 @@ def test_wheels_are_chosen_by_a_python_of_the_images_version() -> None:
     assert "--build-arg wheels=" in caught.value.hint
 
 
+# ---- what is outdated
+
+
+def chained(project: Path) -> Path:
+    """mine on ours on nothing, both built; the folder of images."""
+    folder = project / "images"
+    (project / "containers" / "ours.def").write_text("Bootstrap: scratch\n")
+    above = recipe(project, "Bootstrap: localimage\nFrom: {{ ours }}\n")
+    record(folder / "ours.sif", recipe="k", inputs=recipes.find("ours", project).inputs(None, {}))
+    record(folder / "mine.sif", recipe="k", inputs=above.inputs(sha256(folder / "ours.sif"), {}))
+    return folder
+
+
+def outdated(project: Path, *places: Path) -> bool:
+    return recipes.outdated("mine", places[0] / "mine.sif", places, project)
+
+
+def test_an_image_is_outdated_when_what_it_stands_on_was_built_anew(project: Path) -> None:
+    folder = chained(project)
+    assert not outdated(project, folder)
+    record(folder / "ours.sif", b"anew", recipe="k", inputs=recipes.find("ours", project).inputs(None, {}))
+    assert outdated(project, folder)
+
+
+def test_an_image_is_outdated_when_the_recipe_below_has_changed(project: Path) -> None:
+    folder = chained(project)
+    (project / "containers" / "ours.def").write_text("Bootstrap: scratch\n# changed\n")
+    assert outdated(project, folder)
+    (folder / "ours.sif").unlink()  # only the image above was brought here: it stands by itself
+    assert not outdated(project, folder)
+
+
+def test_an_image_that_was_brought_is_its_owners_to_renew(project: Path) -> None:
+    folder = chained(project)
+    record(folder / "mine.sif", made="pulled")
+    (project / "containers" / "mine.def").write_text("Bootstrap: scratch\n")
+    assert not outdated(project, folder)
+    (folder / "mine.lock.json").unlink()
+    assert not outdated(project, folder)
+
+
 # ---- the verbs
 
 
@@ -134,6 +208,7 @@ def test_the_list_says_what_is_there_and_whether_it_is_what_it_was(
     (project / "containers" / "mine.def").write_text("From: other")
     rows = {r["name"]: r for r in told(capsys, "list")["images"]}
     assert rows["mine"]["state"] == "outdated"
+    (project / "containers" / "mine.def").write_text("From: {{ base }}")
     assert cli.main(["images"]) == 0
     assert "torch 2.13.0" in capsys.readouterr().out
 
@@ -315,13 +390,13 @@ def test_a_venv_is_made_once_and_replaced_in_one_step(tmp_path: Path) -> None:
     requirements = tmp_path / "x.requirements.txt"
     requirements.write_text("# nothing\n")
     said: list[str] = []
-    made = venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    made = venvs.build("x", [requirements], tmp_path / "venvs", said.append)
     assert (made / "bin" / "python3").exists()
     first = os.readlink(made)
-    assert venvs.build("x", requirements, tmp_path / "venvs", said.append) == made
+    assert venvs.build("x", [requirements], tmp_path / "venvs", said.append) == made
     assert "up to date" in said[-1]
     requirements.write_text("# nothing else\n")
-    venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    venvs.build("x", [requirements], tmp_path / "venvs", said.append)
     assert os.readlink(made) != first
     assert (made.parent / first).is_dir(), "jobs may still use it"
 

@@ -1,0 +1,70 @@
+"""The images lab and serve-cpu do what they are for, as an ordinary user on a compute node."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .cluster import Cluster
+from .conftest import CHECKOUT
+
+NOTEBOOK: dict[str, Any] = {
+    "nbformat": 4,
+    "nbformat_minor": 5,
+    "metadata": {},
+    "cells": [
+        {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None,
+         "source": "import matplotlib.pyplot, torch\nprint(int(torch.ones(3).sum()))"},
+    ],
+}  # fmt: skip
+
+
+def pinned(*names: str) -> dict[str, str]:
+    """Package -> version of these requirements."""
+    texts = [(CHECKOUT / "containers" / f"{name}.requirements.txt").read_text() for name in names]
+    return dict(re.findall(r"^([\w-]+)==(\S+)", "".join(texts), re.M))
+
+
+def installed(image: Path) -> dict[str, str]:
+    """Package -> version, as the image's record says; builds of one version are one."""
+    versions = json.loads(image.with_suffix(".lock.json").read_text())["versions"]
+    return {name: version.partition("+")[0] for name, version in versions.items() if name != "python"}
+
+
+def test_all_that_is_in_an_image_is_pinned(lab_sif: Path, train_sif: Path, serve_cpu_sif: Path) -> None:
+    assert installed(train_sif) == pinned("train")
+    assert installed(lab_sif) == pinned("train", "lab")
+    assert installed(serve_cpu_sif) == pinned("serve-cpu")
+
+
+def test_an_image_says_what_it_is(cluster: Cluster, serve_cpu_sif: Path, lab_sif: Path) -> None:
+    for image, said in ((serve_cpu_sif, "Triton on the CPU"), (lab_sif, "JupyterLab")):
+        assert said in cluster.run("alice", "apptainer", "run-help", str(image)).stdout
+
+
+def test_the_lab_runs_a_notebook_in_its_kernel(cluster: Cluster, lab_sif: Path, workdir: Path) -> None:
+    (workdir / "x.ipynb").write_text(json.dumps(NOTEBOOK))
+    inside = ("srun", "apptainer", "-s", "exec", str(lab_sif), "jupyter")
+    assert cluster.run("alice", *inside, "lab", "--version", cwd=workdir).stdout.strip() == pinned("lab")["jupyterlab"]
+    shown = cluster.run("alice", *inside, "execute", "x.ipynb", "--output", "y", cwd=workdir, timeout=120)
+    assert (workdir / "y.ipynb").exists(), shown.stderr
+    (cell,) = json.loads((workdir / "y.ipynb").read_text())["cells"]
+    assert cell["outputs"][0]["text"] == ["3\n"]
+
+
+def test_the_real_triton_answers_and_leaves_nothing(cluster: Cluster, serve_cpu_sif: Path) -> None:
+    """The image's own %test starts it on a model of a few lines and asks it."""
+    done = cluster.run("alice", "srun", "apptainer", "-s", "test", str(serve_cpu_sif), timeout=120)
+    assert "ready: 안녕" in done.stdout
+    processes = cluster.run("alice", "ps", "-u", "alice", "-o", "args").stdout
+    assert f"{serve_cpu_sif.name} tritonserver" not in processes
+    assert "hpc-test-" not in processes
+    assert list(Path("/dev/shm").glob("hpc-test-*")) == []
+
+
+def test_the_builder_makes_an_engine_and_nothing_is_sent_to_its_maker(cluster: Cluster, serve_cpu_sif: Path) -> None:
+    code = "import onnxruntime_genai, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    inside = ("apptainer", "-s", "exec", "--cleanenv", str(serve_cpu_sif), "python3", "-c", code)
+    assert cluster.run("alice", *inside).stdout.strip() == "1"
