@@ -75,9 +75,10 @@ class Recipe:
         return found[1] if found else ""
 
     def meaning(self, argument: str) -> str:
-        """What the recipe's comment `# argument: …` says of it."""
+        """What the recipe's comment `# argument: …` says of it, with the defaults of others filled in."""
         found = re.search(rf"^#\s*{argument}:\s*(.+)$", self.path.read_text(encoding="utf-8"), re.M)
-        return found[1].strip() if found else ""
+        text = found[1].strip() if found else ""
+        return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda m: self.defaults.get(m[1], m[0]), text)
 
     def inputs(self, below: str | None, given: Mapping[str, str]) -> dict[str, str]:
         """Name -> sha256 of all that the image is made of; `below` is that of what it stands on."""

@@ -269,6 +269,7 @@ def explain(what: str, lines: Sequence[str], code: int) -> HpcError:
     asked = re.search(r"https?://([^/\"\s]+)", text)
     host = asked[1] if asked else re.sub(r"^\w[\w+-]*:(//)?", "", what).partition("/")[0]
     name = what.removesuffix(".def")
+    thing = what if name == what else f"what {what} asks for"
     if re.search(r"no such host|dial tcp|connection refused|i/o timeout|network is unreachable|TLS handshake", text):
         way_out = "pull it where it can be reached, or `docker save IMAGE -o x.tar` there, and bring the file:" \
             " `hpc images pull NAME x.sif` or `hpc images pull NAME docker-archive:x.tar`"
@@ -282,11 +283,13 @@ def explain(what: str, lines: Sequence[str], code: int) -> HpcError:
         return RuntimeUnavailable(f"{what}: no image library is set up here", hint="`apptainer remote list`")
     if re.search(r"unauthorized|authentication required|denied:|403 \(?Forbidden|401", text, re.I):
         return UsageError(
-            f"{host} does not give {what} without a login, or not with this one",
+            f"{host} does not give {thing} without a login, or not with this one",
             hint="write the API key into ~/.config/hpc/ngc.key, mode 0600; or for a pull name a login: --auth FILE",
         )
-    if re.search(r"manifest unknown|name unknown|not found: |404|could not parse reference", text, re.I):
-        return UsageError(f"{host} has no {what}: {_fatal(lines)}", hint="check the name, and its tag or digest")
+    if re.search(r"could not parse reference", text):
+        return UsageError(f"{thing} is no address of an image: {_fatal(lines)}", hint="check its name, tag and digest")
+    if re.search(r"manifest unknown|name unknown|not found: |404", text, re.I):
+        return UsageError(f"{host} does not have {thing}: {_fatal(lines)}", hint="check its name, tag and digest")
     if re.search(r"no space left on device|quota exceeded", text, re.I):
         return HpcError(f"no room to make {what}", hint="--tmp and --to name disks with more room")
     shown = "\n  ".join(line for line in lines[-_TAIL:] if line.strip())

@@ -64,7 +64,52 @@ def test_the_real_triton_answers_and_leaves_nothing(cluster: Cluster, serve_cpu_
     assert list(Path("/dev/shm").glob("hpc-test-*")) == []
 
 
-def test_the_builder_makes_an_engine_and_nothing_is_sent_to_its_maker(cluster: Cluster, serve_cpu_sif: Path) -> None:
-    code = "import onnxruntime_genai, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+MODEL = """
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+letters = {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+tokenizer = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, **letters}, merges=[]))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.decoder = decoders.ByteLevel()
+PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained("hf")
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+))
+model.save_pretrained("hf")
+asked = torch.tensor([tokenizer.encode("hello").ids])
+print(model.generate(asked, max_new_tokens=8, do_sample=False)[0].tolist())
+"""
+ENGINE = """
+import onnxruntime_genai as og
+
+model = og.Model("engine")
+asked = og.Tokenizer(model).encode("hello")
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(asked) + 8, do_sample=False)
+generator = og.Generator(model, parameters)
+generator.append_tokens(asked)
+while not generator.is_done():
+    generator.generate_next_token()
+print(generator.get_sequence(0).tolist())
+"""
+
+
+def test_the_builders_engine_says_what_its_model_says(cluster: Cluster, serve_cpu_sif: Path, workdir: Path) -> None:
+    def inside(*argv: str) -> str:
+        words = ("srun", "apptainer", "-s", "exec", str(serve_cpu_sif), "python3", *argv)
+        return cluster.run("alice", *words, cwd=workdir, timeout=120).stdout
+
+    said = inside("-c", MODEL)
+    inside("-m", "onnxruntime_genai.models.builder", "-i", "hf", "-o", "engine", "-p", "fp32", "-e", "cpu", "-c", "cache")
+    assert (workdir / "engine" / "model.onnx").exists()
+    assert json.loads(inside("-c", ENGINE)) == json.loads(said)
+
+
+def test_the_engine_sends_nothing_to_its_maker(cluster: Cluster, serve_cpu_sif: Path) -> None:
+    code = "import os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     inside = ("apptainer", "-s", "exec", "--cleanenv", str(serve_cpu_sif), "python3", "-c", code)
-    assert cluster.run("alice", *inside).stdout.strip() == "1"
+    assert cluster.run("alice", *inside).stdout == "1\n"
