@@ -20,8 +20,8 @@ from hpc.core.errors import VerificationFailed
 
 SCHEMA = "hpc.image/1"
 _TOLD = frozenset(
-    ("python", "torch", "transformers", "trl", "peft", "jupyterlab", "tensorrt-llm", "tensorrt", "onnxruntime-genai",
-     "nvidia-pytriton", "tritonclient")
+    "python torch transformers trl peft jupyterlab tensorrt-llm tensorrt onnxruntime-genai nvidia-pytriton"
+    " tritonclient".split()
 )
 """The versions that a run's manifest quotes; the lock has all."""
 

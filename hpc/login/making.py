@@ -128,7 +128,7 @@ class Maker:
         )
         for name, version in lock.versions.items():
             label = lock.labels.get(f"org.hpc.{name}", version)
-            if version != label and not version.startswith((f"{label}.", f"{label}+")):  # 3.12 of 3.12.3, 2.13.0 of …+cpu
+            if version != label and not version.startswith((f"{label}.", f"{label}+")):  # 3.12 of 3.12.3, 2 of 2+cpu
                 self.say(f"warning: the label org.hpc.{name} says {label}, and {version} is installed")
         imagelock.install(part, image)
         imagelock.write(image, lock)

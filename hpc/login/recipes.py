@@ -1,8 +1,8 @@
 """Recipes, containers/NAME.def with NAME.requirements.txt: what each is made of, and values for its {{ arguments }}.
 
 A recipe `From: {{ NAME }}` stands on the environment NAME, and that argument is its image. Two more are filled in:
-`wheels` is a folder with the requirements' wheels, `mirror` the Debian mirror of this machine. Any other has a default in
-%arguments, or is the user's to give.
+`wheels` is a folder with the requirements' wheels, `mirror` the Debian mirror of this machine. Any other has a default
+in %arguments, or is the user's to give.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Recipe:
 
     @property
     def python(self) -> str:
-        """The minor version of its image's Python where its label says one: that of a registry's image cannot be asked."""
+        """The minor version of its image's Python where a label says it: an image in a registry cannot be asked."""
         found = re.search(r"^\s*org\.hpc\.python\s+(\S+)", self.text, re.M)
         return found[1] if found else ""
 

@@ -271,11 +271,15 @@ def explain(what: str, lines: Sequence[str], code: int) -> HpcError:
     name = what.removesuffix(".def")
     thing = what if name == what else f"what {what} asks for"
     if re.search(r"no such host|dial tcp|connection refused|i/o timeout|network is unreachable|TLS handshake", text):
-        way_out = "pull it where it can be reached, or `docker save IMAGE -o x.tar` there, and bring the file:" \
+        way_out = (
+            "pull it where it can be reached, or `docker save IMAGE -o x.tar` there, and bring the file:"
             " `hpc images pull NAME x.sif` or `hpc images pull NAME docker-archive:x.tar`"
+        )
         if name != what:
-            way_out = "give the same command on a machine that reaches it, and bring the image:" \
+            way_out = (
+                "give the same command on a machine that reaches it, and bring the image:"
                 f" `hpc images pull {name} {name}.sif`"
+            )
         return RuntimeUnavailable(
             f"{host} cannot be reached from this machine: {_fatal(lines)}", hint=f"set HTTPS_PROXY; or {way_out}"
         )

@@ -85,6 +85,7 @@ def serve_cpu_sif(cluster: Cluster, hpc_install: Path) -> Path:
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A venv that alice and bob can run, with hpc and its extra `images`, installed from a wheel of this checkout."""
+    """A venv that alice and bob can run, with hpc and its extra `images`, installed from a wheel of this checkout."""
     venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # several checkouts are tested at once
     pip = (venv / "bin" / "python", "-m", "pip", "-q")
     wheels = tmp_path_factory.mktemp("wheel")

@@ -104,7 +104,8 @@ def test_the_builders_engine_says_what_its_model_says(cluster: Cluster, serve_cp
         return cluster.run("alice", *words, cwd=workdir, timeout=120).stdout
 
     said = inside("-c", MODEL)
-    inside("-m", "onnxruntime_genai.models.builder", "-i", "hf", "-o", "engine", "-p", "fp32", "-e", "cpu", "-c", "cache")
+    build = ("-m", "onnxruntime_genai.models.builder", "-i", "hf", "-o", "engine", "-c", "cache")
+    inside(*build, "-e", "cpu", "-p", "fp32")
     assert (workdir / "engine" / "model.onnx").exists()
     assert json.loads(inside("-c", ENGINE)) == json.loads(said)
 

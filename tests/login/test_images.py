@@ -71,7 +71,8 @@ def test_a_projects_own_recipes_come_before_those_of_the_toolkit(project: Path) 
 
 
 def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(project: Path) -> None:
-    found = recipe(project, "# say {{ nothing }}\nBootstrap: localimage\nFrom: {{ base }}\n%post\n    echo {{cuda}} {{ base }}\n")
+    header = "Bootstrap: localimage\nFrom: {{ base }}\n"
+    found = recipe(project, f"# say {{{{ nothing }}}}\n{header}%post\n    echo {{{{cuda}}}} {{{{ base }}}}\n")
     assert found.arguments == ("base", "cuda")
     with pytest.raises(UsageError, match="needs a value for 'cuda'"):
         recipes.refuse_unknown(found, {})
@@ -98,18 +99,18 @@ def test_a_recipe_that_stands_on_itself_is_refused(project: Path) -> None:
 
 
 def test_a_default_is_read_out_of_the_recipe_and_a_comment_says_what_to_give(project: Path) -> None:
-    found = recipe(project, "# cuda: 12 or 13\nFrom: x:{{ tag }}\n%arguments\n    tag=1 2 # a\n%post\n    {{ cuda }}=1\n")
-    assert found.defaults == {"tag": "1 2 # a"}
+    found = recipe(project, "# cuda: 12 or {{ tag }}\nFrom: x:{{ tag }}{{ cuda }}\n%arguments\n    tag=13 # a\n%post\n")
+    assert found.defaults == {"tag": "13 # a"}
     with pytest.raises(UsageError, match="needs a value for 'cuda'") as caught:
         recipes.refuse_unknown(found, {})
-    assert caught.value.hint == "--build-arg cuda=12 or 13"
+    assert caught.value.hint == "--build-arg cuda=12 or 13 # a"
 
 
 def test_a_venv_gets_the_requirements_of_all_that_its_environment_stands_on(project: Path) -> None:
     recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n", "six==1.17.0\n")
-    assert [path.name for path in recipes.pinned("mine", project)] == ["mine.requirements.txt", "train.requirements.txt"]
-    (project / "containers" / "venv-only.requirements.txt").touch()
-    assert [path.name for path in recipes.pinned("venv-only", project)] == ["venv-only.requirements.txt"]
+    (project / "containers" / "alone.requirements.txt").touch()
+    names = {name: [path.name.split(".")[0] for path in recipes.pinned(name, project)] for name in ("mine", "alone")}
+    assert names == {"mine": ["mine", "train"], "alone": ["alone"]}
 
 
 def test_a_recipes_key_changes_with_all_that_it_is_made_of(project: Path) -> None:

@@ -142,7 +142,7 @@ def test_an_exit_code_of_0_without_a_file_is_a_failure(fake: Fake, tmp_path: Pat
         ("FATAL:   Unable to handle library: remote has no library client", RuntimeUnavailable, "no image library"),
         ("FATAL:   reading manifest: unauthorized: authentication required", UsageError, "login"),
         ("FATAL:   reading manifest 9.9 in h.io/i: manifest unknown", UsageError, "h.io does not have"),
-        ("FATAL:   conveyor failed to get: could not parse reference: h.io/i@foo", UsageError, "no address .*h.io/i@foo"),
+        ("FATAL:   conveyor failed: could not parse reference: h.io/i@foo", UsageError, "no address .*h.io/i@foo"),
         ("FATAL:   write /x: no space left on device", HpcError, "no room"),
         ("+ pip install\nE: it broke\nFATAL:   While performing build: exit status 1", HpcError, "E: it broke"),
     ],
