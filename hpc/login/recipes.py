@@ -178,7 +178,10 @@ def refuse_unknown(recipe: Recipe, given: Mapping[str, str]) -> None:
     for name in recipe.arguments:
         if name not in (*given, *FILLED, recipe.below, *recipe.defaults):
             meaning = recipe.meaning(name) or "VALUE"
-            raise UsageError(f"{recipe.path.name} needs a value for '{name}'", hint=f"--build-arg {name}={meaning}")
+            raise UsageError(
+                f"{recipe.path.name} needs a value for '{name}'",
+                hint=f"hpc images build {recipe.name} --build-arg {name}={meaning}",
+            )
 
 
 def mirror(release: str) -> str:

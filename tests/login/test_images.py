@@ -103,7 +103,7 @@ def test_a_default_is_read_out_of_the_recipe_and_a_comment_says_what_to_give(pro
     assert found.defaults == {"tag": "13 # a"}
     with pytest.raises(UsageError, match="needs a value for 'cuda'") as caught:
         recipes.refuse_unknown(found, {})
-    assert caught.value.hint == "--build-arg cuda=12 or 13 # a"
+    assert caught.value.hint == "hpc images build mine --build-arg cuda=12 or 13 # a"
 
 
 def test_a_venv_gets_the_requirements_of_all_that_its_environment_stands_on(project: Path) -> None:
