@@ -56,7 +56,7 @@ class Maker:
     def build(self, recipe: Recipe, given: Mapping[str, str], *, force: bool = False) -> tuple[Path, bool]:
         """The recipe's image, and whether it was made now; where it is there and up to date nothing is done."""
         recipes.refuse_unknown(recipe, given)
-        recipes.chain(recipe, self.root)
+        recipes.chain(recipe, self.root)  # refuses a circle
         image = self.folder / f"{recipe.name}.sif"
         base = self._base(recipe, given)
         inputs = recipe.inputs(imagelock.digest(base, sha256) if base else None, given)
