@@ -43,7 +43,8 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
     lying = {path.stem for path in _sifs(folder)} if folder else set()
     rows = []
     for name in sorted({*recipes.names(root), *site.environments, *lying}):
-        candidates = [folder / f"{name}.sif"] if folder and name in lying else environment_paths(name, site, root)
+        asked = folder if options.to or name in lying else None
+        candidates = [asked / f"{name}.sif"] if asked else environment_paths(name, site, root)
         path = next((p for p in candidates if p.exists()), candidates[0])
         rows.append({"name": name, "path": str(path), **_standing(name, path, folder, root)})
     if not options.json:

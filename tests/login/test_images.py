@@ -212,6 +212,8 @@ def test_the_list_says_what_is_there_and_whether_it_is_what_it_was(
     (project / "containers" / "mine.def").write_text("From: {{ base }}")
     assert cli.main(["images"]) == 0
     assert "torch 2.13.0" in capsys.readouterr().out
+    rows = {r["name"]: r for r in told(capsys, "list", "--to", "elsewhere")["images"]}
+    assert rows["triton"]["path"] == str(project / "elsewhere" / "triton.sif")
 
 
 def test_verify_is_6_and_names_both_digests(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
