@@ -15,7 +15,7 @@ from hpc.core import imagelock
 from hpc.core.digest import sha256
 from hpc.core.errors import HpcError, Interrupted, NotFound, UsageError, VerificationFailed, did_you_mean
 from hpc.login import making, recipes, venvs, view
-from hpc.login.facts import environment_paths, expand
+from hpc.login.facts import container_program, environment_paths, expand
 from hpc.login.making import Maker
 from hpc.login.settings import Settings, load, locate
 from hpc.node import images
@@ -147,7 +147,7 @@ def _check(image: Path, key: Path | None, settings: Settings) -> None:
         lock.refuse(image, sha256(image))
         imagelock.renew(image, lock)
     if key is not None:
-        images.Apptainer(images.find(settings.site.apptainer), Path()).verify(image, key)
+        images.Apptainer(container_program(settings.site, here=True), Path()).verify(image, key)
 
 
 _VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "verify": _verify}
@@ -159,7 +159,7 @@ def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) ->
     for number in (signal.SIGTERM, signal.SIGHUP):  # end as for Ctrl-C: Apptainer too, and nothing half made is left
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     images.require_spython()
-    program = images.find(settings.site.apptainer)
+    program = container_program(settings.site, here=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

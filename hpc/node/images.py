@@ -44,18 +44,6 @@ print(json.dumps({**found, "python": platform.python_version()}))
 Tell = Callable[[str], None]
 
 
-def find(named: str | None = None) -> str:
-    """The program that was named, else `apptainer`, else `singularity`; RuntimeUnavailable where there is none."""
-    for word in [named] if named else ["apptainer", "singularity"]:
-        found = shutil.which(word)
-        if found:
-            return found
-    raise RuntimeUnavailable(
-        f"{named or 'Apptainer'} is not on this machine",
-        hint="load its module, set `apptainer` in the site profile, or make a venv: hpc images build NAME --as venv",
-    )
-
-
 @contextmanager
 def workspace(folder: Path, need: int) -> Iterator[Path]:
     """A private folder below `folder` for the time of a build; HpcError where less than `need` bytes are free."""
@@ -242,7 +230,7 @@ def _spython(program: str, work: Path) -> Iterator[Any]:
     names.mkdir(exist_ok=True)
     link = names / "singularity"
     if not link.is_symlink():
-        link.symlink_to(program)
+        link.symlink_to(shutil.which(program) or program)
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = f"{names}{os.pathsep}{path}"
     try:

@@ -14,8 +14,9 @@ from hpc.core import imagelock
 from hpc.core.digest import Digests, sha256
 from hpc.core.errors import RuntimeUnavailable, UsageError, VerificationFailed
 from hpc.core.imagelock import ImageLock
+from hpc.core.site import Site
 from hpc.login import cli, making, recipes, venvs
-from hpc.login.facts import MachineFacts
+from hpc.login.facts import MachineFacts, container_program
 from hpc.login.settings import Layer, load, locate
 from hpc.node.images import Apptainer
 
@@ -179,7 +180,7 @@ def test_what_cannot_be_done_is_said_with_a_way_out(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpc.node.images.require_spython", lambda: None)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.images.container_program", lambda site, here: "/bin/true")
     assert cli.main(["images", *arguments]) == code
     assert said in capsys.readouterr().err
 
@@ -190,6 +191,47 @@ def test_without_spython_it_is_said_before_the_work(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["images", "build", "base"]) == 4
     assert "hpc-batch[images]" in capsys.readouterr().err
+
+
+# ---- the program
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A machine with these programs and no others."""
+    monkeypatch.setenv("PATH", str(folder))
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+
+
+def test_apptainer_is_found_before_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("singularity", "apptainer"):
+        programs(tmp_path, monkeypatch, name)
+        assert container_program(Site(name="x"), here=True) == name
+
+
+def test_the_sites_own_program_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch, "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("~/mine", "$HOME/mine"):
+        assert container_program(Site(name="x", apptainer=named), here=True) == f"{tmp_path}/mine"
+
+
+def test_without_apptainer_the_venv_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    for site in (Site(name="x"), Site(name="x", apptainer="/opt/a"), Site(name="x", setup=("module load a",))):
+        with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+            container_program(site, here=True)
+        assert "--as venv" in caught.value.hint
+
+
+def test_the_nodes_may_have_what_this_machine_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    assert container_program(Site(name="x", apptainer="/opt/a")) == "/opt/a"
+    assert container_program(Site(name="x", setup=("module load a",))) == "apptainer"
+    with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+        container_program(Site(name="x"))
+    assert "setup = " in caught.value.hint
 
 
 # ---- logins
@@ -268,7 +310,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             raise VerificationFailed("no good signature")
 
     monkeypatch.setattr(Apptainer, "verify", verify)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.facts.container_program", lambda site, here: "/bin/true")
     return found
 
 
