@@ -58,6 +58,7 @@ class MachineFacts:
 
     def _image(self, name: str, path: Path) -> Environment:
         """An image by its lock; where the site demands a signature, by its content and that signature."""
+        seen = imagelock.look(path)  # first: a change from here on is one that the node will see
         lock = imagelock.read(path)
         key = self._site.verify_key
         if key is None:
@@ -67,9 +68,8 @@ class MachineFacts:
             if lock is not None:
                 lock.refuse(path, digest)
             self._signatures.check(path, digest, self._root / expand(key))
-        return Environment(
-            name=name, kind="sif", path=str(path), digest=digest, versions=lock.told() if lock is not None else {}
-        )
+        versions = lock.told() if lock is not None else {}
+        return Environment(name=name, kind="sif", path=str(path), digest=digest, stat=seen, versions=versions)
 
     def limits(self) -> Limits | None:
         return slurm.partitions() if self._site.scheduler == "slurm" else None

@@ -17,6 +17,7 @@ from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
 from hpc.node import launch
 from hpc.node.enter import Job
+from hpc.node.inplace import InPlace
 from hpc.node.staging import Staging, target_of
 
 
@@ -103,6 +104,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         key=planned.key,
         launch=start,
         staging=_staging(planned, ground),
+        image=_in_place(planned, ground),
         mem_gb=planned.resources.mem_gb,
         heartbeat_s=site.heartbeat_s,
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
@@ -154,6 +156,13 @@ def _staging(planned: Planned, ground: Ground) -> Staging | None:
         readers=ground.site.stage_readers,
         limit_gb=ground.site.staged_gb,
     )
+
+
+def _in_place(planned: Planned, ground: Ground) -> InPlace | None:
+    image = planned.environment
+    if image.kind != "sif" or ground.scratch is not None:
+        return None
+    return InPlace(path=image.path, sha256=image.digest, stat=image.stat)
 
 
 def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]) -> launch.Launch:

@@ -18,6 +18,7 @@ from hpc.core import rundir
 from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.deaf import deaf_thread
+from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
 from hpc.node.shield import shielded
 from hpc.node.staging import Staging, staged
@@ -39,6 +40,8 @@ class Job:
     launch: Launch
     staging: Staging | None = None
     """The image to copy to the node first, which `launch` then starts."""
+    image: InPlace | None = None
+    """The image that `launch` starts from where it lies."""
     mem_gb: int
     heartbeat_s: int
     waits: tuple[tuple[str, str], ...] = ()
@@ -133,6 +136,9 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
     blocked = _wait_for_inputs(job, watch)
     if blocked is not None:
         return blocked
+    if job.image is not None:
+        why = "the image's file was touched since it was planned with"
+        check(job.image, lambda: rundir.append_event(attempt.events, "checking", message=why))
     if job.staging is None:
         return _run_container(job, attempt, watch)
 

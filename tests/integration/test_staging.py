@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from hpc.core.digest import sha256
+
 from .project import Project
+from .test_images import tamper
 from .test_states import ended, submit
 
 
@@ -24,15 +27,21 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture
-def staging(project: Project, scratch: Path) -> Project:
-    """The project on a site with scratch, and with a copy of the image that the test may spoil."""
-    site = (project.folder / "sites" / "slurm-test.toml").read_text()
-    project.write("sites/slurm-test.toml", site + f'scratch = "{scratch}"\n')
+def own_image(project: Project) -> Project:
+    """The project with a copy of the image that the test may spoil."""
     toml = (project.folder / "hpc.toml").read_text()
     image = toml.split('train = "')[1].split('"')[0]
-    shutil.copy(image, project.folder / "own.sif")
+    shutil.copy(image, project.write("own.sif", ""))
     project.write("hpc.toml", toml.replace(image, "own.sif"))
     return project
+
+
+@pytest.fixture
+def staging(own_image: Project, scratch: Path) -> Project:
+    """The same on a site with scratch."""
+    site = (own_image.folder / "sites" / "slurm-test.toml").read_text()
+    own_image.write("sites/slurm-test.toml", site + f'scratch = "{scratch}"\n')
+    return own_image
 
 
 def phases(project: Project, run: str) -> list[str]:
@@ -51,20 +60,29 @@ def test_first_job_stages_the_image_and_the_next_finds_it(staging: Project, scra
     assert copy.read_bytes() == (staging.folder / "own.sif").read_bytes()
 
 
-def test_image_that_was_changed_after_it_was_planned_with_never_runs(staging: Project) -> None:
-    run = submit(staging, "first", "--set", "first.sbatch={hold = true}")
-    image = staging.folder / "own.sif"
-    planned = json.loads((staging.folder / "runs" / run / "first" / "config.json").read_text())["environment"]["digest"]
-    with image.open("r+b") as file:
-        file.seek(-1000, 2)
-        file.write(b"tampered")
-    job = staging.states(run)["first"]["job_id"]
-    staging.cluster.run("alice", "scontrol", "release", job)
-    found = staging.until(ended("first"), run)["first"]
+@pytest.mark.parametrize("site", ["staging", "own_image"], ids=["staged", "in-place"])
+def test_image_that_was_changed_after_it_was_planned_with_never_runs(site: str, request: pytest.FixtureRequest) -> None:
+    project: Project = request.getfixturevalue(site)
+    run = submit(project, "first", "--set", "first.sbatch={hold = true}")
+    image = project.folder / "own.sif"
+    planned = json.loads((project.folder / "runs" / run / "first" / "config.json").read_text())["environment"]["digest"]
+    tamper(image)
+    job = project.states(run)["first"]["job_id"]
+    project.cluster.run("alice", "scontrol", "release", job)
+    found = project.until(ended("first"), run)["first"]
     assert (found["state"], found["exit_code"]) == ("FAILED", 6)
     assert planned in found["reason"]
+    assert sha256(image) in found["reason"]
     assert "is not the image that was planned with" in found["reason"]
-    assert not (staging.folder / "runs" / run / "first" / "out").exists()
+    assert not (project.folder / "runs" / run / "first" / "out").exists()
+
+
+def test_image_in_place_that_was_only_touched_runs(own_image: Project) -> None:
+    run = submit(own_image, "first", "--set", "first.sbatch={hold = true}")
+    (own_image.folder / "own.sif").touch()
+    own_image.cluster.run("alice", "scontrol", "release", own_image.states(run)["first"]["job_id"])
+    assert own_image.until(ended("first"), run)["first"]["state"] == "COMPLETED"
+    assert "checking" in phases(own_image, run)
 
 
 def test_copy_that_was_changed_on_the_node_is_made_again(staging: Project, scratch: Path) -> None:

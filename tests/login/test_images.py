@@ -299,6 +299,22 @@ def test_planning_refuses_an_image_that_is_not_what_its_lock_records(project: Pa
     assert sha256(image) in caught.value.message
 
 
+def test_a_change_while_the_image_is_planned_with_is_one_that_the_node_sees(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = record(project / "images" / "train.sif")
+    assert facts().environment("train").stat == imagelock.look(image)
+    real = imagelock.digest
+
+    def digest(path: Path, hash_file: Any) -> str:
+        found = real(path, hash_file)
+        image.write_bytes(b"evil")  # right after its digest was found
+        return found
+
+    monkeypatch.setattr(imagelock, "digest", digest)
+    assert facts().environment("train").stat != imagelock.look(image)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images whose signature Apptainer was asked for; those whose content says `good` have one."""
