@@ -147,6 +147,7 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
 
     with staged(job.staging, tell):
+        rundir.append_event(attempt.events, "starting", message="the image is on this node")
         return _run_container(job, attempt, watch)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,3 +111,23 @@ def test_two_users_stage_the_same_image_apart(staging: Project, scratch: Path) -
         shutil.rmtree(theirs)
     owners = {path.owner() for path in scratch.glob("hpc-*/images/*.sif")}
     assert owners == {"alice", "bob"}
+
+
+def test_status_tells_how_far_the_copy_is_and_that_it_waits_for_its_turn(staging: Project) -> None:
+    os.truncate(staging.folder / "own.sif", 1 << 30)  # room behind the image: the copy takes a while
+    site = (staging.folder / "sites" / "slurm-test.toml").read_text()
+    staging.write("sites/slurm-test.toml", site + "stage_readers = 1\n")
+    run = submit(staging, "first", "--set", "first.sbatch={hold = true}")
+    digest = json.loads((staging.folder / "runs" / run / "first" / "config.json").read_text())["environment"]["digest"]
+    place = staging.write(f"runs/.cache/staging/{digest[:16]}/slot-0", "")  # another node's
+    staging.cluster.run("alice", "scontrol", "release", staging.states(run)["first"]["job_id"])
+    waiting = staging.until(lambda rows: rows["first"]["phase"] == "staging", run)["first"]
+    assert (waiting["state"], waiting["message"]) == ("RUNNING", "waits for its turn to copy the image")
+    assert "staging  waits for its turn to copy the image" in staging.hpc("status", run).stdout
+    place.unlink()
+    shown = []
+    while not shown or "RUNNING" in shown[-1]:
+        shown.append(staging.hpc("status", run).stdout)
+    copying = [found[0] for text in shown if (found := re.findall(r"staging [━─]+ +\d+%  [\d.]+ GB/s", text))]
+    assert copying, shown
+    assert staging.states(run)["first"]["state"] == "COMPLETED"
