@@ -33,8 +33,7 @@ def run(options: argparse.Namespace) -> tuple[int, str, Answer]:
         document = _VERBS[verb](options, settings)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted", hint="nothing half made is left; the same command begins anew") from error
-    code = VerificationFailed.exit_code if verb == "verify" and not all(r["ok"] for r in document["images"]) else 0
-    return code, f"hpc.images.{verb}/1", document
+    return int(document.get("exit_code", 0)), f"hpc.images.{verb}/1", document
 
 
 def _list(options: argparse.Namespace, settings: Settings) -> Answer:
@@ -130,7 +129,13 @@ def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
                      "sha256": lock.sha256 if lock else None})  # fmt: skip
         if not options.json:
             print(problem or f"{image}: {'ok, signed' if key else 'ok'}", flush=True)
-    return {"images": rows}
+    return {"images": rows, "exit_code": 0 if all(row["ok"] for row in rows) else VerificationFailed.exit_code}
+
+
+def _stage(options: argparse.Namespace, settings: Settings) -> Answer:
+    from hpc.login.staging import stage
+
+    return stage(options, settings, _say)
 
 
 def _check(image: Path, key: Path | None, settings: Settings) -> None:
@@ -150,7 +155,7 @@ def _check(image: Path, key: Path | None, settings: Settings) -> None:
         images.Apptainer(container_program(settings.site, here=True), Path()).verify(image, key)
 
 
-_VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "verify": _verify}
+_VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "stage": _stage, "verify": _verify}
 
 
 def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) -> Maker:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from hpc.core.digest import sha256
 
-from .project import Project
+from .project import Project, jobs
 from .test_images import tamper
 from .test_states import ended, submit
 
@@ -131,3 +132,60 @@ def test_status_tells_how_far_the_copy_is_and_that_it_waits_for_its_turn(staging
     copying = [found[0] for text in shown if (found := re.findall(r"staging [━─]+ +\d+%  [\d.]+ GB/s", text))]
     assert copying, shown
     assert staging.states(run)["first"]["state"] == "COMPLETED"
+
+
+# ---- ahead of time
+
+
+def test_images_are_staged_on_every_node_ahead_of_time(staging: Project, scratch: Path) -> None:
+    """The nodes here share one disk, so one of them copies, and the others find the copy."""
+    done = staging.hpc("images", "stage", "train", "--nodes", "dgx[01-03]", "--wait")
+    said = sorted(done.stdout.splitlines())
+    assert [line.partition(": train ")[0] for line in said] == ["dgx01", "dgx02", "dgx03"]
+    assert sum("staged, 0.0" in line for line in said) == 1, said
+    assert sum("already there (" in line for line in said) == 2, said
+    assert "completed" in done.stderr
+    (copy,) = scratch.glob("hpc-*/images/*.sif")
+    assert copy.read_bytes() == (staging.folder / "own.sif").read_bytes()
+    staging.hpc("submit", "first", "--wait")
+    assert "staging" not in phases(staging, "first-2")
+    assert {row["state"] for row in staging.json("status", "images-1")["stages"]} == {"COMPLETED"}
+
+
+def test_staging_goes_on_without_waiting_and_takes_the_partitions_nodes(staging: Project) -> None:
+    said = staging.hpc("images", "stage", "train", "-p", "debug")
+    assert "images-1: dgx01 submitted\nnext: hpc status images-1" in said.stdout
+    found = staging.until(ended("dgx01"), "images-1")
+    assert list(found) == ["dgx01"]
+    assert found["dgx01"]["state"] == "COMPLETED"
+    document = staging.json("images", "stage", "train", "--nodes", "dgx01", "--wait")
+    (row,) = document["nodes"]
+    assert (document["schema"], row["node"], row["images"]["train"]["copied"]) == ("hpc.images.stage/1", "dgx01", False)
+
+
+def test_staging_another_image_than_is_known_is_6_and_tells_both_digests(staging: Project, scratch: Path) -> None:
+    image = staging.folder / "own.sif"
+    known = sha256(image)
+    toml = (staging.folder / "sites" / "slurm-test.toml").read_text()
+    staging.write("sites/slurm-test.toml", toml + "sbatch = { hold = true }\n")
+    waiting = staging.popen("images", "stage", "train", "--nodes", "dgx04", "--wait", "--json")
+    deadline = time.monotonic() + 30
+    while not (held := jobs(staging, "%i")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    tamper(image)
+    staging.cluster.run("alice", "scontrol", "release", *held)
+    out, err = waiting.communicate(timeout=60)
+    assert waiting.returncode == 6, out + err
+    (row,) = json.loads(out)["nodes"]
+    assert (row["state"], row["exit_code"]) == ("FAILED", 6)
+    assert known in row["reason"]
+    assert sha256(image) in row["reason"]
+    assert list(scratch.glob("hpc-*/images/*.sif")) == []
+
+
+def test_a_node_that_is_not_there_is_said_before_anything_is_submitted(staging: Project) -> None:
+    done = staging.hpc("images", "stage", "train", "--nodes", "dgx01,dgx77", check=False)
+    assert done.returncode == 2
+    assert "partition 'batch' has no node 'dgx77'" in done.stderr
+    assert not list((staging.folder / "runs").glob("images-*"))
