@@ -191,6 +191,9 @@ def _images(images: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="a value for the recipe; repeatable"
     )
+    build.add_argument("--submit", action="store_true", help="build in a CPU job on a compute node")
+    build.add_argument("-w", "--wait", action="store_true", help="with --submit: wait for the end, with what it says")
+    build.add_argument("-p", "--partition", metavar="NAME", help="with --submit (default: the site's)")
     pull.add_argument("source", metavar="SOURCE", help="docker://…, oras://…, docker-archive:FILE, or a SIF's path")
     pull.add_argument("--auth", metavar="FILE", help="a file of mode 0600: NGC's API key, or Docker's JSON")
     made["sign"].add_argument("--key", metavar="FILE", required=True, help="a private key in PEM")

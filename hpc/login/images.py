@@ -6,7 +6,7 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,39 @@ def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
 
 
 def _build(options: argparse.Namespace, settings: Settings) -> Answer:
+    if not options.submit:
+        if options.wait or options.partition:
+            raise UsageError("--wait and --partition are for a job's build", hint="add --submit")
+        return _told(options, build(options, settings, _say))
+    from hpc.login.building import submit
+
     root = settings.project.root
     if options.kind == "venv":
-        folder = Path(expand(options.to)).absolute() if options.to else root / expand(settings.site.venvs)
-        made = venvs.build(options.name, recipes.pinned(options.name, root), folder, _say, force=options.force)
-        return _told(options, {"name": options.name, "kind": "venv", "path": str(made)})
+        recipes.pinned(options.name, root)
+        target = _venvs(options, settings) / options.name
+    else:  # what is wrong with the command is said before a job waits for it
+        recipes.refuse_unknown(recipes.find(options.name, root), dict(map(_argument, options.build_arg)))
+        target = _folder(options, settings) / f"{options.name}.sif"
+    document = submit(options, settings, target, _say)
+    return _told(options, document) if document["state"] == "COMPLETED" else document
+
+
+def build(options: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make an image or a venv here; what it is."""
+    root = settings.project.root
+    if options.kind == "venv":
+        pinned = recipes.pinned(options.name, root)
+        made = venvs.build(options.name, pinned, _venvs(options, settings), say, force=options.force)
+        return {"name": options.name, "kind": "venv", "path": str(made)}
     with ExitStack() as stack:
-        maker = _maker(options, settings, stack)
-        given = dict(_argument(text) for text in options.build_arg)
+        maker = _maker(options, settings, stack, say)
+        given = dict(map(_argument, options.build_arg))
         image, fresh = maker.build(recipes.find(options.name, root), given, force=options.force)
-    return _told(options, _made(image, fresh))
+    return _made(image, fresh)
+
+
+def _venvs(options: argparse.Namespace, settings: Settings) -> Path:
+    return Path(expand(options.to)).absolute() if options.to else settings.project.root / expand(settings.site.venvs)
 
 
 def _argument(text: str) -> tuple[str, str]:
@@ -158,7 +181,9 @@ def _check(image: Path, key: Path | None, settings: Settings) -> None:
 _VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "stage": _stage, "verify": _verify}
 
 
-def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) -> Maker:
+def _maker(
+    options: argparse.Namespace, settings: Settings, stack: ExitStack, say: Callable[[str], None] | None = None
+) -> Maker:
     """Who makes images here: program, folders and a workspace that goes when the stack closes."""
     folder = _folder(options, settings)
     for number in (signal.SIGTERM, signal.SIGHUP):  # end as for Ctrl-C: Apptainer too, and nothing half made is left
@@ -171,8 +196,9 @@ def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) ->
         raise UsageError(f"{folder} cannot be made: {error.strerror}", hint="--to names another folder") from error
     images.refuse_full(folder, making.LEAST)
     work = stack.enter_context(images.workspace(making.scratch(options.tmp, settings), making.LEAST))
-    apptainer = images.Apptainer(program, work, lambda text: _say(f"  {text}"))
-    return Maker(apptainer, folder, settings.project.root, _shared(settings), _say)
+    tell = say or _say
+    apptainer = images.Apptainer(program, work, lambda text: tell(f"  {text}"))
+    return Maker(apptainer, folder, settings.project.root, _shared(settings), tell)
 
 
 def _shared(settings: Settings) -> Path | None:

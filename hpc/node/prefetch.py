@@ -5,20 +5,16 @@ python3 -m hpc.node.prefetch STAGE_DIR ATTEMPT_DIR
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from hpc.core import rundir
-from hpc.core.errors import HpcError
-from hpc.core.rundir import AttemptDir, StageDir
+from hpc.core.rundir import AttemptDir
+from hpc.node.payload import Document, run
 from hpc.node.staging import Staging, Tell, staged
-
-Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +53,6 @@ def fetch(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Fetched
         return Fetched(copied=bool(copied), bytes=path.stat().st_size, seconds=time.monotonic() - begin)
 
 
-def payload(argv: list[str], work: Callable[[Document, AttemptDir], Mapping[str, Any]]) -> int:
-    """Do the work as a stage's payload outside any image. It leaves a manifest; error.json where it cannot be done."""
-    stage_dir, attempt = StageDir(Path(argv[0])), AttemptDir(Path(argv[1]))
-    document = rundir.read_json(stage_dir.config) or {}
-    started = time.time()
-    try:
-        metrics = work(document, attempt)
-    except HpcError as error:
-        rundir.write_json(attempt.error, {"cause": error.message, "hint": error.hint, "exit_code": error.exit_code})
-        print(f"error: {error.message}", file=sys.stderr)
-        return error.exit_code
-    manifest = {
-        "schema": "hpc.manifest/1",
-        **{name: document[name] for name in ("stage", "key", "inputs", "environment", "outputs")},
-        "metrics": metrics,
-        "versions": {"python": sys.version.split()[0]},
-        "started": started,
-        "ended": time.time(),
-        "host": os.uname().nodename,
-    }
-    rundir.write_json(stage_dir.manifest, manifest, durable=True)
-    return 0
-
-
 def _all(document: Document, attempt: AttemptDir) -> Mapping[str, Any]:
     return {name: asdict(_one(name, Staging(**wish), attempt)) for name, wish in document["config"]["images"].items()}
 
@@ -96,4 +68,4 @@ def _one(name: str, wish: Staging, attempt: AttemptDir) -> Fetched:
 
 
 if __name__ == "__main__":
-    raise SystemExit(payload(sys.argv[1:], _all))
+    raise SystemExit(run(sys.argv[1:], _all))
