@@ -347,3 +347,39 @@ def test_a_build_that_is_cancelled_in_its_job_leaves_nothing(project: Project, i
         assert time.monotonic() < deadline
         time.sleep(0.3)
     assert sorted(p.name for p in images.iterdir()) == [".tiny.making", "base.sif"]
+
+
+# ---- two users
+
+
+@pytest.fixture
+def shared(project: Project, images: Path) -> Path:
+    """A folder of images that alice and bob both may write to; they have no group of their own in common."""
+    folder = project.folder / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    project.folder.chmod(0o755)
+    shutil.copy(images / "base.sif", folder / "base.sif")
+    return folder
+
+
+def test_two_users_make_one_image_in_turn(project: Project, shared: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "sleep 5")
+    arguments = ("images", "build", "tiny", "--to", str(shared))
+    first = project.popen(*arguments)
+    deadline = time.monotonic() + 30
+    while not (shared / ".tiny.making").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second = project.hpc(*arguments, user="bob", check=False)
+    assert first.wait(60) == 0
+    assert second.returncode == 0, second.stderr
+    assert "another process makes it; waiting" in second.stderr
+    assert "tiny.sif is up to date" in second.stderr
+    assert lock(shared / "tiny.sif")["by"].startswith("alice@")
+    third = project.hpc(*arguments, "--force", user="bob", check=False)
+    assert third.returncode == 0, third.stderr
+    assert lock(shared / "tiny.sif")["by"].startswith("bob@")
+    assert "ok" in project.hpc("images", "verify", "tiny", "--to", str(shared)).stdout
+    again = project.hpc(*arguments, "--force")
+    assert again.returncode == 0

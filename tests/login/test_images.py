@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from hpc.core.imagelock import ImageLock
 from hpc.core.site import Site
 from hpc.login import cli, making, recipes, venvs
 from hpc.login.facts import MachineFacts, container_program
+from hpc.login.making import Maker
 from hpc.login.settings import Layer, load, locate
 from hpc.node.images import Apptainer
 
@@ -232,6 +236,43 @@ def test_the_nodes_may_have_what_this_machine_has_not(tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
         container_program(Site(name="x"))
     assert "setup = " in caught.value.hint
+
+
+# ---- one maker at a time
+
+
+def maker(folder: Path, say: Callable[[str], None] = lambda text: None) -> Maker:
+    return Maker(Apptainer("/bin/true", folder), folder, folder, None, say)
+
+
+def test_the_lock_can_be_opened_by_all_who_share_the_folder(project: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with maker(project)._alone(project / "x.sif"):
+            assert (project / ".x.making").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+def test_what_killed_makers_left_goes_but_not_what_one_elsewhere_makes(project: Path) -> None:
+    ours, other, old = (project / f".x.{name}.sif" for name in (f"{socket.gethostname()}-1", "node9-1", "node9-2"))
+    sibling = project / f".x.y.{socket.gethostname()}-1.sif"  # of the image x.y
+    for path in (ours, other, old, sibling):
+        path.touch()
+    os.utime(old, (0, 0))
+    with maker(project)._alone(project / "x.sif"):
+        assert [p.exists() for p in (ours, other, old, sibling)] == [False, True, False, True]
+
+
+def test_a_file_system_without_locks_is_told_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(making.fcntl, "flock", flock)
+    said: list[str] = []
+    with maker(project, said.append)._alone(project / "x.sif"):
+        pass
+    assert "has no locks: where two make x.sif at once, the last one's is kept" in said[0]
 
 
 # ---- logins
