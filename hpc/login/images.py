@@ -188,7 +188,6 @@ def _maker(
     folder = _folder(options, settings)
     for number in (signal.SIGTERM, signal.SIGHUP):  # end as for Ctrl-C: Apptainer too, and nothing half made is left
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    images.require_spython()
     program = container_program(settings.site, here=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)

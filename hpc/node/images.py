@@ -223,7 +223,6 @@ class Apptainer:
 @contextmanager
 def _spython(program: str, work: Path) -> Iterator[Any]:
     """spython's client, which finds our program under the only name that it knows."""
-    require_spython()
     from spython.main import get_client
 
     names = work / "bin"
@@ -237,14 +236,6 @@ def _spython(program: str, work: Path) -> Iterator[Any]:
         yield get_client(quiet=True)
     finally:
         os.environ["PATH"] = path
-
-
-def require_spython() -> None:
-    """RuntimeUnavailable where spython is not installed: asked before hours of work."""
-    from importlib.util import find_spec
-
-    if find_spec("spython") is None:
-        raise RuntimeUnavailable("spython is not installed", hint="pip install 'hpc-batch[images]'")
 
 
 def explain(what: str, lines: Sequence[str], code: int) -> HpcError:

@@ -42,14 +42,6 @@ From: {{ base }}
 
 
 @pytest.fixture(scope="session")
-def spython(hpc_install: Path) -> None:
-    """The extra `images`."""
-    pip = (hpc_install / "bin" / "python", "-m", "pip", "install", "-q", "spython==0.3.14")
-    done = subprocess.run(pip, check=False, capture_output=True, text=True, umask=0o022)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="session")
 def offline(cluster: Cluster) -> dict[str, str]:
     """The environment that lets pip work on the login node, from which no package index can be reached."""
     folder = cluster.dir / "wheelhouse"
@@ -63,7 +55,7 @@ def offline(cluster: Cluster) -> dict[str, str]:
 
 
 @pytest.fixture
-def images(project: Project, base_sif: Path, spython: None) -> Path:
+def images(project: Project, base_sif: Path) -> Path:
     """The project's own folder of images, with the base image in it, which nothing is recorded of."""
     folder = project.folder / "images"
     shutil.copy(base_sif, project.write("images/base.sif", ""))

@@ -183,18 +183,9 @@ def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys:
 def test_what_cannot_be_done_is_said_with_a_way_out(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc.node.images.require_spython", lambda: None)
     monkeypatch.setattr("hpc.login.images.container_program", lambda site, here: "/bin/true")
     assert cli.main(["images", *arguments]) == code
     assert said in capsys.readouterr().err
-
-
-def test_without_spython_it_is_said_before_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["images", "build", "base"]) == 4
-    assert "hpc-batch[images]" in capsys.readouterr().err
 
 
 # ---- the program

@@ -57,7 +57,6 @@ def called(calls: Path) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("spython")
     found = json.dumps({"data": {"attributes": {"labels": {"org.hpc.torch": "2"}}}})
     apptainer = fake(f"print({found!r} if 'inspect' in words else 'apptainer version 9')")
     monkeypatch.setenv("PATH", "/usr/bin/nothing")
@@ -67,7 +66,6 @@ def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, m
 
 
 def test_labels_of_a_file_that_is_no_image_are_an_error(fake: Fake) -> None:
-    pytest.importorskip("spython")
     with pytest.raises(HpcError, match="cannot be read as an image"):
         fake("sys.exit(255 if 'inspect' in words else 0)").labels(Path("x.sif"))
 
