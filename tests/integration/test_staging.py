@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,36 @@ def test_status_tells_how_far_the_copy_is_and_that_it_waits_for_its_turn(staging
     copying = [found[0] for text in shown if (found := re.findall(r"staging [━─]+ +\d+%  [\d.]+ GB/s", text))]
     assert copying, shown
     assert staging.states(run)["first"]["state"] == "COMPLETED"
+
+
+@pytest.fixture
+def small_disk(scratch: Path) -> Iterator[Path]:
+    """A scratch with a little more room than the image takes."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m,mode=1777", "tmpfs", scratch], check=True)
+    yield scratch
+    subprocess.run(["umount", scratch], check=True)
+
+
+def test_disk_that_fills_during_the_copy_is_said_and_leaves_nothing(staging: Project, small_disk: Path) -> None:
+    site = (staging.folder / "sites" / "slurm-test.toml").read_text()
+    staging.write("sites/slurm-test.toml", site + "stage_readers = 1\n")
+    run = submit(staging, "first", "--set", "first.sbatch={hold = true}")
+    digest = sha256(staging.folder / "own.sif")
+    place = staging.write(
+        f"runs/.cache/staging/{digest[:16]}/slot-0", ""
+    )  # it waits when it has seen that there is room
+    staging.cluster.run("alice", "scontrol", "release", staging.states(run)["first"]["job_id"])
+    staging.until(lambda rows: rows["first"]["phase"] == "staging", run)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(60 << 20))
+    place.unlink()
+    found = staging.until(ended("first"), run)["first"]
+    assert (found["state"], found["exit_code"]) == ("FAILED", 1)
+    assert "no room for own.sif in" in found["reason"]
+    assert {path.suffix for path in small_disk.glob("hpc-*/images/*")} == {".lock"}
+    filler.unlink()
+    staging.write("sites/slurm-test.toml", site)
+    staging.hpc("submit", "first", "--set", "first.sbatch={}", "--wait")
 
 
 # ---- ahead of time
