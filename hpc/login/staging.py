@@ -21,7 +21,7 @@ from hpc.login.facts import MachineFacts, expand
 from hpc.login.place import staging_of
 from hpc.login.settings import Settings
 from hpc.node.prefetch import Fetched, fetch
-from hpc.node.staging import Staging
+from hpc.node.staging import Staging, in_words
 
 Say = Callable[[str], None]
 _NEEDS = Resources(cpus_per_task=2, mem_gb=2, time_min=60)
@@ -86,9 +86,10 @@ def _here(wishes: Mapping[str, Staging], options: argparse.Namespace, say: Say) 
 
     def tell(done: int, total: int, rate: float) -> None:
         nonlocal told
-        if time.monotonic() - told >= _TELL_S:
+        if time.monotonic() - told >= _TELL_S or not done:
             told = time.monotonic()
-            say(f"  staging {done / total:.0%}  {rate / 1e9:.1f} GB/s")
+            share = f" {done / total:.0%}" if total else ""
+            say(f"  staging{share}  {in_words('the image', total, rate)}")
 
     found = {name: fetch(wish, tell) for name, wish in wishes.items()}
     host = os.uname().nodename

@@ -21,7 +21,7 @@ from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
 from hpc.node.shield import shielded
-from hpc.node.staging import Staging, staged
+from hpc.node.staging import Staging, in_words, staged
 
 _POLL_S = 0.2
 _RESERVE = 1 << 16
@@ -143,7 +143,7 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
         return _run_container(job, attempt, watch)
 
     def tell(done: int, total: int, rate: float) -> None:
-        message = f"{rate / 1e9:.1f} GB/s" if rate else "waits for its turn to copy the image"
+        message = in_words("the image", total, rate)
         rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
 
     with staged(job.staging, tell):

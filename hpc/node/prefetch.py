@@ -14,7 +14,7 @@ from typing import Any
 from hpc.core import rundir
 from hpc.core.rundir import AttemptDir
 from hpc.node.payload import Document, run
-from hpc.node.staging import Staging, Tell, staged
+from hpc.node.staging import Staging, Tell, in_words, staged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ def fetch(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Fetched
     copied: list[int] = []
 
     def note(done: int, total: int, rate: float) -> None:
-        copied.append(done)
+        if done:
+            copied.append(done)
         tell(done, total, rate)
 
     begin = time.monotonic()
@@ -59,8 +60,7 @@ def _all(document: Document, attempt: AttemptDir) -> Mapping[str, Any]:
 
 def _one(name: str, wish: Staging, attempt: AttemptDir) -> Fetched:
     def tell(done: int, total: int, rate: float) -> None:
-        message = f"{name} {rate / 1e9:.1f} GB/s" if rate else f"waits for its turn to copy {name}"
-        rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
+        rundir.append_event(attempt.events, "staging", done=done, total=total, message=in_words(name, total, rate))
 
     found = fetch(wish, tell)
     print(f"{name}: {found}", flush=True)

@@ -154,6 +154,8 @@ def test_image_on_its_way_to_the_node_is_told_until_the_stage_begins(world: Worl
     attempt = world.job(world.run()).attempt(1)
     world.shows("RUNNING")
     rundir.append_event(attempt.events, "starting", host="dgx01")
+    rundir.append_event(attempt.events, "staging", done=0, total=0, message="another job of this node copies the image")
+    assert view.progress(world.one()) == "staging  another job of this node copies the image"
     rundir.append_event(attempt.events, "staging", done=0, total=100, message="waits for its turn to copy the image")
     assert view.progress(world.one()) == "staging  waits for its turn to copy the image"
     rundir.append_event(attempt.events, "staging", done=62, total=100, message="1.1 GB/s")

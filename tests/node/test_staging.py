@@ -149,7 +149,7 @@ def test_damaged_copy_is_noticed_and_made_again(source: Path, tmp_path: Path, da
 
 def _stage(asked: Staging, started: object, told: object) -> None:
     def tell(done: int, total: int, rate: float) -> None:
-        told.put(os.getpid())  # type: ignore[attr-defined]
+        told.put((os.getpid(), total))  # type: ignore[attr-defined]
 
     started.wait()  # type: ignore[attr-defined]
     with staged(asked, tell):
@@ -169,7 +169,8 @@ def test_eight_at_once_make_one_copy(source: Path, tmp_path: Path) -> None:
         assert worker.exitcode == 0
     copied = set()
     while not told.empty():
-        copied.add(told.get())
+        pid, total = told.get()
+        copied |= {pid} if total else set()
     assert len(copied) == 1
     assert hashlib.sha256(Path(asked.target).read_bytes()).hexdigest() == asked.sha256
 
@@ -203,23 +204,30 @@ def _stops_in_the_middle(asked: Staging) -> None:
 def test_who_waits_for_a_copy_makes_it_when_its_maker_is_killed(source: Path, tmp_path: Path) -> None:
     asked = wish(source, tmp_path)
     context = multiprocessing.get_context("fork")
-    maker = context.Process(target=_stops_in_the_middle, args=(asked,))
-    maker.start()
-    part = Path(asked.target).with_suffix(".part")
-    deadline = time.monotonic() + 30
-    while not part.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
     started, told = context.Event(), context.Queue()
     started.set()
+    maker = context.Process(target=_stops_in_the_middle, args=(asked,))
     waiter = context.Process(target=_stage, args=(asked, started, told))
-    waiter.start()
-    waiter.join(0.5)
-    assert waiter.is_alive(), "it must wait while the maker lives"
-    maker.kill()
-    waiter.join(30)
-    assert waiter.exitcode == 0
-    assert told.get(timeout=5) == waiter.pid
+    part = Path(asked.target).with_suffix(".part")
+    try:
+        maker.start()
+        deadline = time.monotonic() + 30
+        while not part.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        waiter.start()
+        assert told.get(timeout=10) == (waiter.pid, 0), "it tells that it waits"
+        waiter.join(0.3)
+        assert waiter.is_alive(), "it must wait while the maker lives"
+        maker.kill()
+        assert told.get(timeout=10) == (waiter.pid, SIZE)
+        waiter.join(30)
+        assert waiter.exitcode == 0
+    finally:
+        for process in (maker, waiter):
+            if process.pid is not None:
+                process.kill()
+                process.join()
     assert hashlib.sha256(Path(asked.target).read_bytes()).hexdigest() == asked.sha256
     assert not part.exists()
 
@@ -237,6 +245,17 @@ def test_full_disk_is_said_and_leaves_nothing(source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(staging, "_copy_hashed", full)
     with pytest.raises(HpcError, match=r"no room for train\.sif"), staged(asked):
+        pass
+    assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
+
+
+def test_interrupted_copy_leaves_nothing_half_made(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+
+    def leave(done: int, total: int, rate: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), staged(asked, leave):
         pass
     assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
 
