@@ -8,10 +8,12 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from hpc.core import imagelock
 from hpc.core.digest import sha256
@@ -28,6 +30,7 @@ LEAST = 2 << 30
 """Bytes that must be free before anything is begun."""
 _UNPACKED = 4
 """An image's tree and the image itself take about so many times its compressed parts."""
+_OLD_S = 24 * 3600
 _NGC = "nvcr.io"
 
 
@@ -192,18 +195,18 @@ class Maker:
     @contextmanager
     def _alone(self, image: Path) -> Iterator[None]:
         """One maker of an image at a time; the others wait, and then find it made."""
-        with open(image.with_name(f".{image.stem}.making"), "a") as lock:
+        with _lock(image.with_name(f".{image.stem}.making")) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.say(f"{image.stem}: another process makes it; waiting")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:  # a file system without locks: the last one wins, and each result is whole
-                if error.errno not in {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}:
+                if error.errno not in {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}:
                     raise
-            else:  # what a killed maker left
-                for left in image.parent.glob(f".{image.stem}.*.sif"):
-                    left.unlink(missing_ok=True)
+                self.say(f"{image.parent} has no locks: where two make {image.name} at once, the last one's is kept")
+            else:
+                _sweep(image)
             try:
                 yield
             finally:
@@ -212,6 +215,28 @@ class Maker:
     def _part(self, image: Path) -> Path:
         """Hidden, on the same disk, and of our own: another may be in the making where there are no locks."""
         return image.with_name(f".{image.stem}.{socket.gethostname()}-{os.getpid()}.sif")
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The file whose lock keeps others out. All who may make images here can open it, whoever made it first."""
+    try:
+        return open(path, "r+b")
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # whatever the umask; another's file is as it is
+            os.fchmod(descriptor, 0o666)
+        return open(descriptor, "r+b")
+    except PermissionError:  # made by an earlier hpc, or on purpose; not on NFS, which locks only what can be written
+        return open(path, "rb")
+
+
+def _sweep(image: Path) -> None:
+    """Remove what killed makers left. A lock may hold on one machine only, so those of others must be old."""
+    for left in image.parent.glob(f".{image.stem}.*.sif"):
+        with suppress(OSError):
+            ours = left.name.startswith(f".{image.stem}.{socket.gethostname()}-")
+            if ours or time.time() - left.stat().st_mtime > _OLD_S:
+                left.unlink()
 
 
 def login(auth: str | None, source: str) -> tuple[dict[str, str], Path | None]:

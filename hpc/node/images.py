@@ -45,18 +45,6 @@ print(json.dumps({**found, "python": platform.python_version()}))
 Tell = Callable[[str], None]
 
 
-def find(named: str | None = None) -> str:
-    """The program that was named, else `apptainer`, else `singularity`; RuntimeUnavailable where there is none."""
-    for word in [named] if named else ["apptainer", "singularity"]:
-        found = shutil.which(word)
-        if found:
-            return found
-    raise RuntimeUnavailable(
-        f"{named or 'Apptainer'} is not on this machine",
-        hint="load its module, set `apptainer` in the site profile, or make a venv: hpc images build NAME --as venv",
-    )
-
-
 @contextmanager
 def workspace(folder: Path, need: int) -> Iterator[Path]:
     """A private folder below `folder` for the time of a build; HpcError where less than `need` bytes are free."""
@@ -239,28 +227,19 @@ class Apptainer:
 @contextmanager
 def _spython(program: str, work: Path) -> Iterator[Any]:
     """spython's client, which finds our program under the only name that it knows."""
-    require_spython()
     from spython.main import get_client
 
     names = work / "bin"
     names.mkdir(exist_ok=True)
     link = names / "singularity"
     if not link.is_symlink():
-        link.symlink_to(program)
+        link.symlink_to(shutil.which(program) or program)
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = f"{names}{os.pathsep}{path}"
     try:
         yield get_client(quiet=True)
     finally:
         os.environ["PATH"] = path
-
-
-def require_spython() -> None:
-    """RuntimeUnavailable where spython is not installed: asked before hours of work."""
-    from importlib.util import find_spec
-
-    if find_spec("spython") is None:
-        raise RuntimeUnavailable("spython is not installed", hint="pip install 'hpc-batch[images]'")
 
 
 def explain(what: str, lines: Sequence[str], code: int) -> HpcError:

@@ -22,7 +22,7 @@ die() { echo "images: $*" >&2; exit 1; }
         umask 022
         exec 9>"$venv.lock"; flock 9
         [ -e "$venv/bin/pip" ] || /usr/bin/python3 -m venv "$venv" || die "python3-venv is missing"
-        "$venv/bin/pip" install -q "$here/../..[images]"
+        "$venv/bin/pip" install -q "$here/../.."
         "$venv/bin/pip" install -q --no-deps --force-reinstall "$here/../.."      # the code may change, and the version not
         exec 9>&-
     fi

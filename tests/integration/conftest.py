@@ -84,8 +84,8 @@ def serve_cpu_sif(cluster: Cluster, hpc_install: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A venv that alice and bob can run, with hpc and its extra `images`, installed from a wheel of this checkout."""
-    """A venv that alice and bob can run, with hpc and its extra `images`, installed from a wheel of this checkout."""
+    """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
+    """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
     venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # several checkouts are tested at once
     pip = (venv / "bin" / "python", "-m", "pip", "-q")
     wheels = tmp_path_factory.mktemp("wheel")
@@ -99,7 +99,7 @@ def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> P
         run("/usr/bin/python3", "-m", "venv", venv)
     run(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, CHECKOUT)
     (wheel,) = wheels.glob("*.whl")
-    run(*pip, "install", f"{wheel}[images]")
+    run(*pip, "install", wheel)
     # once more: the version may be the one that is there, while the code has changed
     run(*pip, "install", "--no-deps", "--force-reinstall", wheel)
     return venv

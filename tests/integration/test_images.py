@@ -20,6 +20,7 @@ from hpc.core.digest import sha256
 from .cluster import Cluster, CommandError
 from .conftest import CHECKOUT
 from .project import SITE, Project
+from .test_states import ended
 
 RECIPE = """\
 Bootstrap: localimage
@@ -348,3 +349,117 @@ def test_the_same_requirements_make_a_venv_where_no_apptainer_is(
     code = "import six; print(six.__version__)"
     assert project.cluster.run("alice", f"{path}/bin/python3", "-c", code).stdout == "1.17.0\n"
     assert "up to date" in project.hpc("images", "build", "tiny", "--as", "venv", "--to", "venvs").stderr
+
+
+# ---- in a job
+
+LOCAL = "Bootstrap: localimage\nFrom: {{ base }}\n%post\n    "
+
+
+@pytest.fixture
+def scratch(project: Project, images: Path) -> Path:
+    """The site's scratch, which the nodes have."""
+    folder = project.folder / "scratch"
+    project.write("sites/slurm-test.toml", project_site(images, f'scratch = "{folder}"\n'))
+    return folder
+
+
+def test_an_image_is_built_in_a_job_on_a_compute_node(project: Project, images: Path, scratch: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "echo made on $(hostname)")
+    done = project.hpc("images", "build", "tiny", "--submit", "--wait")
+    assert done.stdout == f"{images}/tiny.sif\n"
+    assert "images-1/build-tiny: submitted as job" in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("tiny: on dgx")]
+    assert said.endswith(f", working in {scratch}")
+    assert f"tiny: building {images}/tiny.sif" in done.stderr
+    assert lock(images / "tiny.sif")["by"].startswith("alice@dgx")
+    assert lock(images / "tiny.sif")["sha256"] == sha256(images / "tiny.sif")
+    assert list(scratch.iterdir()) == [], "nothing is left on the node's disk"
+    again = json.loads(project.hpc("images", "build", "tiny", "--submit", "--wait", "--json").stdout)
+    assert (again["state"], again["fresh"]) == ("COMPLETED", False)
+
+
+def test_a_job_that_builds_goes_on_when_nobody_waits_for_it(project: Project, images: Path, scratch: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "sleep 8")
+    build = project.popen("images", "build", "tiny", "--submit", "--wait")
+    found = project.until(lambda rows: rows.get("build-tiny", {}).get("phase") == "building", "")
+    assert found["build-tiny"]["message"].startswith("tiny: ")
+    build.send_signal(signal.SIGINT)
+    err = build.communicate(timeout=30)[1]
+    assert build.returncode == 130
+    assert "error: no longer waiting; images-1 goes on\n  try: hpc logs -f images-1, or hpc cancel images-1" in err
+    assert project.until(ended("build-tiny"), "images-1")["build-tiny"]["state"] == "COMPLETED"
+    assert lock(images / "tiny.sif")["by"].startswith("alice@dgx")
+
+
+def test_two_jobs_that_build_one_image_make_it_once(project: Project, images: Path, scratch: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "sleep 5")
+    told = [json.loads(project.hpc("images", "build", "tiny", "--submit", "--json").stdout) for _ in range(2)]
+    assert [t["run"] for t in told] == ["images-1", "images-2"]
+    for one in told:
+        project.until(ended("build-tiny"), one["run"])
+    logs = [project.hpc("logs", f"{one['run']}/build-tiny").stdout for one in told]
+    assert sum("tiny: building" in log for log in logs) == 1
+    assert sum("tiny.sif is up to date" in log for log in logs) == 1
+
+
+def test_a_build_that_fails_in_its_job_says_why(project: Project, images: Path, scratch: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "echo it broke; false")
+    done = project.hpc("images", "build", "tiny", "--submit", "--wait", check=False)
+    assert done.returncode == 1
+    assert "it broke" in done.stderr
+    assert "images-1/build-tiny FAILED tiny.def failed with exit code 255: FATAL: While performing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (images / "tiny.sif").exists()
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_build_that_is_cancelled_in_its_job_leaves_nothing(project: Project, images: Path, scratch: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "sleep 73.25")
+    project.hpc("images", "build", "tiny", "--submit")
+    while "sleep 73.25" not in project.cluster.run("alice", "ps", "-u", "alice", "-o", "args").stdout:
+        assert project.states("images-1")["build-tiny"]["state"] in {"PENDING", "RUNNING"}
+        time.sleep(0.3)
+    project.hpc("cancel", "images-1")
+    assert project.until(ended("build-tiny"), "images-1")["build-tiny"]["state"] == "CANCELLED"
+    deadline = time.monotonic() + 30
+    while "sleep 73.25" in project.cluster.run("alice", "ps", "-u", "alice", "-o", "args").stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    assert sorted(p.name for p in images.iterdir()) == [".tiny.making", "base.sif"]
+
+
+# ---- two users
+
+
+@pytest.fixture
+def shared(project: Project, images: Path) -> Path:
+    """A folder of images that alice and bob both may write to; they have no group of their own in common."""
+    folder = project.folder / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    project.folder.chmod(0o755)
+    shutil.copy(images / "base.sif", folder / "base.sif")
+    return folder
+
+
+def test_two_users_make_one_image_in_turn(project: Project, shared: Path) -> None:
+    project.write("containers/tiny.def", LOCAL + "sleep 5")
+    arguments = ("images", "build", "tiny", "--to", str(shared))
+    first = project.popen(*arguments)
+    deadline = time.monotonic() + 30
+    while not (shared / ".tiny.making").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    second = project.hpc(*arguments, user="bob", check=False)
+    assert first.wait(60) == 0
+    assert second.returncode == 0, second.stderr
+    assert "another process makes it; waiting" in second.stderr
+    assert "tiny.sif is up to date" in second.stderr
+    assert lock(shared / "tiny.sif")["by"].startswith("alice@")
+    third = project.hpc(*arguments, "--force", user="bob", check=False)
+    assert third.returncode == 0, third.stderr
+    assert lock(shared / "tiny.sif")["by"].startswith("bob@")
+    assert "ok" in project.hpc("images", "verify", "tiny", "--to", str(shared)).stdout
+    again = project.hpc(*arguments, "--force")
+    assert again.returncode == 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from hpc.core import imagelock
 from hpc.core.digest import Digests, sha256
 from hpc.core.errors import RuntimeUnavailable, UsageError, VerificationFailed
 from hpc.core.imagelock import ImageLock
+from hpc.core.site import Site
 from hpc.login import cli, making, recipes, venvs
-from hpc.login.facts import MachineFacts
+from hpc.login.facts import MachineFacts, container_program
+from hpc.login.making import Maker
 from hpc.login.settings import Layer, load, locate
 from hpc.node.images import Apptainer
 
@@ -256,18 +261,87 @@ def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys:
 def test_what_cannot_be_done_is_said_with_a_way_out(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc.node.images.require_spython", lambda: None)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.images.container_program", lambda site, here: "/bin/true")
     assert cli.main(["images", *arguments]) == code
     assert said in capsys.readouterr().err
 
 
-def test_without_spython_it_is_said_before_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["images", "build", "base"]) == 4
-    assert "hpc-batch[images]" in capsys.readouterr().err
+# ---- the program
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A machine with these programs and no others."""
+    monkeypatch.setenv("PATH", str(folder))
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+
+
+def test_apptainer_is_found_before_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("singularity", "apptainer"):
+        programs(tmp_path, monkeypatch, name)
+        assert container_program(Site(name="x"), here=True) == name
+
+
+def test_the_sites_own_program_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch, "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("~/mine", "$HOME/mine"):
+        assert container_program(Site(name="x", apptainer=named), here=True) == f"{tmp_path}/mine"
+
+
+def test_without_apptainer_the_venv_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    for site in (Site(name="x"), Site(name="x", apptainer="/opt/a"), Site(name="x", setup=("module load a",))):
+        with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+            container_program(site, here=True)
+        assert "--as venv" in caught.value.hint
+
+
+def test_the_nodes_may_have_what_this_machine_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    assert container_program(Site(name="x", apptainer="/opt/a")) == "/opt/a"
+    assert container_program(Site(name="x", setup=("module load a",))) == "apptainer"
+    with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+        container_program(Site(name="x"))
+    assert "setup = " in caught.value.hint
+
+
+# ---- one maker at a time
+
+
+def maker(folder: Path, say: Callable[[str], None] = lambda text: None) -> Maker:
+    return Maker(Apptainer("/bin/true", folder), folder, folder, None, say)
+
+
+def test_the_lock_can_be_opened_by_all_who_share_the_folder(project: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with maker(project)._alone(project / "x.sif"):
+            assert (project / ".x.making").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+def test_what_killed_makers_left_goes_but_not_what_one_elsewhere_makes(project: Path) -> None:
+    ours, other, old = (project / f".x.{name}.sif" for name in (f"{socket.gethostname()}-1", "node9-1", "node9-2"))
+    sibling = project / f".x.y.{socket.gethostname()}-1.sif"  # of the image x.y
+    for path in (ours, other, old, sibling):
+        path.touch()
+    os.utime(old, (0, 0))
+    with maker(project)._alone(project / "x.sif"):
+        assert [p.exists() for p in (ours, other, old, sibling)] == [False, True, False, True]
+
+
+def test_a_file_system_without_locks_is_told_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(making.fcntl, "flock", flock)
+    said: list[str] = []
+    with maker(project, said.append)._alone(project / "x.sif"):
+        pass
+    assert "has no locks: where two make x.sif at once, the last one's is kept" in said[0]
 
 
 # ---- logins
@@ -335,6 +409,22 @@ def test_planning_refuses_an_image_that_is_not_what_its_lock_records(project: Pa
     assert sha256(image) in caught.value.message
 
 
+def test_a_change_while_the_image_is_planned_with_is_one_that_the_node_sees(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = record(project / "images" / "train.sif")
+    assert facts().environment("train").stat == imagelock.look(image)
+    real = imagelock.digest
+
+    def digest(path: Path, hash_file: Any) -> str:
+        found = real(path, hash_file)
+        image.write_bytes(b"evil")  # right after its digest was found
+        return found
+
+    monkeypatch.setattr(imagelock, "digest", digest)
+    assert facts().environment("train").stat != imagelock.look(image)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images whose signature Apptainer was asked for; those whose content says `good` have one."""
@@ -346,7 +436,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             raise VerificationFailed("no good signature")
 
     monkeypatch.setattr(Apptainer, "verify", verify)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.facts.container_program", lambda site, here: "/bin/true")
     return found
 
 

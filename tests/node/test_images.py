@@ -56,24 +56,7 @@ def called(calls: Path) -> list[tuple[list[str], dict[str, str]]]:
 # ---- the program
 
 
-def test_apptainer_is_found_before_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("singularity", "apptainer"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-        assert images.find() == str(tmp_path / name)
-    assert images.find(str(tmp_path / "singularity")) == str(tmp_path / "singularity")
-
-
-def test_without_apptainer_the_venv_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
-        images.find()
-    assert "--as venv" in caught.value.hint
-
-
 def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("spython")
     found = json.dumps({"data": {"attributes": {"labels": {"org.hpc.torch": "2"}}}})
     apptainer = fake(f"print({found!r} if 'inspect' in words else 'apptainer version 9')")
     monkeypatch.setenv("PATH", "/usr/bin/nothing")
@@ -83,7 +66,6 @@ def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, m
 
 
 def test_labels_of_a_file_that_is_no_image_are_an_error(fake: Fake) -> None:
-    pytest.importorskip("spython")
     with pytest.raises(HpcError, match="cannot be read as an image"):
         fake("sys.exit(255 if 'inspect' in words else 0)").labels(Path("x.sif"))
 
