@@ -42,7 +42,7 @@ class Task:
 def send(tasks: Sequence[Task], settings: Settings, say: Callable[[str], None]) -> RunDir:
     """Submit them to Slurm, each as a job of its own."""
     site, runs = settings.site, RunsDir(settings.project.runs)
-    run = runs.next("images")
+    run = runs.next(rundir.IMAGES)
     allowed = slurm.partitions()
     placed = tuple(_place(task, run, runs, site, allowed) for task in tasks)
     work = Submission(

@@ -79,7 +79,7 @@ def test_a_document_tells_run_and_job(dgx: Slurm, project: Path, capsys: pytest.
     [
         (["build", "mine", "--submit"], 2, "needs a value for 'image'"),
         (["build", "mien", "--submit"], 2, "did you mean 'mine'"),
-        (["build", "mine", "--as", "venv", "--submit"], 2, "no requirements"),
+        (["build", "mine", "--as", "venv", "--submit"], 2, "cannot be a venv"),
         (["build", "mine", "--wait"], 2, "add --submit"),
         (["build", "mine", "--partition", "x"], 2, "add --submit"),
         (
