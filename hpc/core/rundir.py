@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 IMAGES = "images"
 """The name of runs whose jobs build or stage images."""
 
