@@ -111,10 +111,11 @@ def ground() -> Iterator[Ground]:
     cluster = Cluster()
     was_up = cluster.is_up()
     cluster.up()
+    venv = _venv(cluster.dir / "bench-venv")
     made = Ground(
         cluster=cluster,
-        venv=_venv(cluster.dir / "bench-venv"),
-        image=cluster.images("base"),
+        venv=venv,
+        image=cluster.images("base", venv),
         folder=Path(tempfile.mkdtemp(prefix="bench-", dir=f"/home/{USER}")),
     )
     shutil.chown(made.folder, USER, USER)
@@ -138,7 +139,7 @@ def _venv(venv: Path) -> Path:
         pip = (venv / "bin" / "python", "-m", "pip", "-q")
         _quiet(*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT)
         (wheel,) = Path(wheels).glob("*.whl")
-        _quiet(*pip, "install", wheel)
+        _quiet(*pip, "install", f"{wheel}[images]")
         _quiet(*pip, "install", "--no-deps", "--force-reinstall", wheel)  # the code may change, and the version not
     (stages,) = venv.glob("lib/python*/site-packages/stages")
     for number, name in enumerate(STAGES):

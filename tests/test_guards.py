@@ -63,7 +63,7 @@ def stranger(module: str, allowed: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["status"], ["stages"], ["stages", "--json"], ["plan"], ["--version"]]
+    "arguments", [["--help"], ["status"], ["stages"], ["stages", "--json"], ["plan"], ["images"], ["--version"]]
 )
 def test_command_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = (
@@ -79,7 +79,7 @@ def test_command_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> No
     )
     loaded = set(json.loads(done.stdout))
     assert "hpc" in loaded
-    assert not loaded & (HEAVY | {"submitit", "cloudpickle"})
+    assert not loaded & (HEAVY | {"submitit", "cloudpickle", "spython"})
     assert "rich" not in loaded, "there is no terminal"
 
 

@@ -20,7 +20,8 @@ from hpc.core.errors import VerificationFailed
 
 SCHEMA = "hpc.image/1"
 _TOLD = frozenset(
-    ("python", "torch", "transformers", "trl", "peft", "tensorrt-llm", "tensorrt", "onnxruntime-genai", "tritonclient")
+    "python torch transformers trl peft jupyterlab tensorrt-llm tensorrt onnxruntime-genai nvidia-pytriton"
+    " tritonclient".split()
 )
 """The versions that a run's manifest quotes; the lock has all."""
 
@@ -70,9 +71,9 @@ def of(image: Path) -> Path:
     return image.with_suffix(".lock.json")
 
 
-def look(image: Path) -> tuple[int, ...]:
-    """Size, times and inode: what changes when the file does."""
-    stat = image.stat()
+def look(image: Path | int) -> tuple[int, ...]:
+    """Size, times and inode of a path or an open file: what changes when the file does."""
+    stat = os.stat(image)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc.core.errors import Refused, did_you_mean
 from hpc.core.site import Site
@@ -42,7 +42,7 @@ Limits = Mapping[str, Partition]
 
 def refuse(stage: str, asked: Resources, site: Site, limits: Limits) -> None:
     """Refused, with the reason and what would work, where the partition cannot give what is asked."""
-    partition = _partition(site, limits)
+    partition = partition_of(site, limits)
     if partition is None:
         return
     where = f"partition '{partition.name}'"
@@ -66,7 +66,8 @@ def refuse(stage: str, asked: Resources, site: Site, limits: Limits) -> None:
     )
 
 
-def _partition(site: Site, limits: Limits) -> Partition | None:
+def partition_of(site: Site, limits: Limits) -> Partition | None:
+    """The partition that jobs of this site go to, None where none is known; Refused where there is no such one."""
     if site.partition is None:
         return next((p for p in limits.values() if p.default), None)
     if site.partition not in limits:
@@ -111,3 +112,16 @@ def _others(partition: Partition, limits: Limits) -> list[str]:
 def _longer(asked: Resources, limits: Limits) -> str:
     names = [p.name for p in limits.values() if p.up and (p.time_min is None or p.time_min >= asked.time_min)]
     return f" ({', '.join(names)})" if names else ""
+
+
+def within(asked: Resources, site: Site, limits: Limits) -> Resources:
+    """The same, or less where the partition's largest node or its time limit is smaller."""
+    partition = partition_of(site, limits)
+    if partition is None or not partition.nodes:
+        return asked
+    return replace(
+        asked,
+        cpus_per_task=min(asked.cpus_per_task, max(n.cpus for n in partition.nodes)),
+        mem_gb=min(asked.mem_gb, max(n.mem_gb for n in partition.nodes)),
+        time_min=min(asked.time_min, partition.time_min or asked.time_min),
+    )

@@ -22,6 +22,8 @@ class Environment:
     kind: Literal["sif", "venv"]
     path: str
     digest: str
+    stat: tuple[int, ...] = ()
+    """How an image's file looked before its digest was found."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """What the image's lock says is inside; for the manifest."""
 

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+IMAGES = "images"
+"""The name of runs whose jobs build or stage images."""
+
 
 @dataclass(frozen=True)
 class AttemptDir:
@@ -135,6 +138,11 @@ class RunDir:
     @property
     def id(self) -> str:
         return self.path.name
+
+    @property
+    def of_images(self) -> bool:
+        """Jobs that build or stage images: a run beside those that one works on."""
+        return self.id.rpartition("-")[0] == IMAGES
 
     @property
     def run(self) -> Path:

@@ -163,6 +163,7 @@ IMAGE_VERBS = {
     "build": "make an image from its recipe, as an ordinary user",
     "pull": "fetch an image, or bring in a file",
     "sign": "add a signature to an image",
+    "stage": "copy images to the nodes' own disks ahead of time",
     "verify": "compare images with what was recorded of them, and check signatures",
 }
 
@@ -176,7 +177,7 @@ def _images(images: argparse.ArgumentParser) -> None:
         made[name] = verbs.add_parser(name, help=summary, description=summary[:1].upper() + summary[1:] + ".")
         made[name].add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document")
         made[name].add_argument("--site", metavar="NAME", help="the site profile (default: hpc.toml's, else local)")
-        if name != "sign":
+        if name not in {"sign", "stage"}:
             made[name].add_argument("--to", metavar="FOLDER", help="the folder of images (default: the site's)")
     for name in ("build", "pull", "sign"):
         made[name].add_argument("name", metavar="NAME", help="the environment's name")
@@ -190,9 +191,17 @@ def _images(images: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="a value for the recipe; repeatable"
     )
+    build.add_argument("--submit", action="store_true", help="build in a CPU job on a compute node")
+    build.add_argument("-w", "--wait", action="store_true", help="with --submit: wait for the end, with what it says")
+    build.add_argument("-p", "--partition", metavar="NAME", help="with --submit (default: the site's)")
     pull.add_argument("source", metavar="SOURCE", help="docker://…, oras://…, docker-archive:FILE, or a SIF's path")
     pull.add_argument("--auth", metavar="FILE", help="a file of mode 0600: NGC's API key, or Docker's JSON")
     made["sign"].add_argument("--key", metavar="FILE", required=True, help="a private key in PEM")
+    stage = made["stage"]
+    stage.add_argument("names", nargs="+", metavar="NAME", help="the environments' names")
+    stage.add_argument("--nodes", metavar="LIST", help="e.g. dgx[01-03] (default: all of the partition that are up)")
+    stage.add_argument("-p", "--partition", metavar="NAME", help="(default: the site's)")
+    stage.add_argument("-w", "--wait", action="store_true", help="wait for the end, with progress; say how each ended")
     made["verify"].add_argument("names", nargs="*", metavar="NAME", help="some images (default: all in the folder)")
     made["verify"].add_argument("--key", metavar="FILE", help="a public key in PEM (default: the site's verify_key)")
 

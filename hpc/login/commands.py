@@ -288,12 +288,12 @@ def _mine() -> list[tuple[RunDir, dict[str, Any]]]:
 
 
 def _target(text: str | None) -> tuple[RunDir, str | None]:
-    """RUN[/STAGE], /STAGE or STAGE of the latest run, or nothing: the latest run of mine."""
+    """RUN[/STAGE], /STAGE or STAGE of the latest run, or nothing: the latest run of mine that is not about images."""
     everything = _mine()
     if text is None:
         if not everything:
             raise NotFound(f"there are no runs in {_runs().path}", hint="`hpc submit pipeline` starts one")
-        return everything[0][0], None
+        return next((run for run, _ in everything if not run.of_images), everything[0][0]), None
     return _find(text, everything)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 from hpc import __version__
@@ -19,6 +20,7 @@ from hpc.login.facts import MachineFacts, container_program
 from hpc.login.settings import Settings, load, locate
 
 _LOW_GB = 20
+_PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,27 @@ def _environments(settings: Settings) -> Iterator[Check]:
     facts.save()
     if "sif" in kinds or settings.site.images:
         yield _asked("apptainer", lambda: _version(container_program(settings.site)))
+        yield _tracing()
+
+
+def _tracing() -> Check:
+    """Whether an image's FUSE helper can be kept from the scheduler's signals (docs/adr/0009): here, as a hint."""
+    try:
+        scope = _PTRACE.read_text().strip()
+    except OSError:  # no Yama: nothing is forbidden
+        scope = "0"
+    if scope in {"0", "1"}:  # 1: a process may trace its children, which is what is done
+        return Check(
+            what="signals", verdict="ok", found="this machine lets an image's FUSE helper be shielded from them"
+        )
+    return Check(
+        what="signals",
+        verdict="warning",
+        found=f"kernel.yama.ptrace_scope is {scope} here: where it is so on the nodes, an image's FUSE helper cannot be"
+        " shielded, and a stage that is warned of its end may lose its image before it has saved",
+        hint="ask the administrators for kernel.yama.ptrace_scope = 1 on the nodes, or a setuid Apptainer,"
+        " which needs no helper",
+    )
 
 
 def _version(program: str) -> str:

@@ -31,7 +31,7 @@ class MachineFacts:
         self._root = settings.project.root
         self._site = settings.site
         self._digests = Digests(RunsDir(settings.project.runs).digests, say)
-        self._signatures = Signatures(RunsDir(settings.project.runs).signatures, settings.site.apptainer)
+        self._signatures = Signatures(RunsDir(settings.project.runs).signatures, settings.site)
 
     def path(self, text: str) -> str | None:
         path = self.place(text)
@@ -61,6 +61,7 @@ class MachineFacts:
 
     def _image(self, name: str, path: Path) -> Environment:
         """An image by its lock; where the site demands a signature, by its content and that signature."""
+        seen = imagelock.look(path)  # first: a change from here on is one that the node will see
         lock = imagelock.read(path)
         key = self._site.verify_key
         if key is None:
@@ -70,9 +71,8 @@ class MachineFacts:
             if lock is not None:
                 lock.refuse(path, digest)
             self._signatures.check(path, digest, self._root / expand(key))
-        return Environment(
-            name=name, kind="sif", path=str(path), digest=digest, versions=lock.told() if lock is not None else {}
-        )
+        versions = lock.told() if lock is not None else {}
+        return Environment(name=name, kind="sif", path=str(path), digest=digest, stat=seen, versions=versions)
 
     def limits(self) -> Limits | None:
         return slurm.partitions() if self._site.scheduler == "slurm" else None
@@ -85,9 +85,9 @@ class MachineFacts:
 class Signatures:
     """Good signatures, remembered by key and content: neither can change without another name."""
 
-    def __init__(self, store: Path, program: str | None) -> None:
+    def __init__(self, store: Path, site: Site) -> None:
         self._store = store
-        self._program = program
+        self._site = site
 
     def check(self, image: Path, digest: str, key: Path) -> None:
         """VerificationFailed where the image bears no good signature of the key."""
@@ -97,8 +97,7 @@ class Signatures:
         known = read_json(self._store) or {}
         if good in known:
             return
-        program = images.find(expand(self._program) if self._program else None)
-        images.Apptainer(program, self._store.parent).verify(image, key)
+        images.Apptainer(container_program(self._site, here=True), self._store.parent).verify(image, key)
         with suppress(OSError):  # a memory that can't be written is no error
             self._store.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._store, {**known, good: str(image)})
@@ -133,20 +132,24 @@ def link_targets(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(targets)
 
 
-def container_program(site: Site) -> str:
-    """The word that starts a container; RuntimeUnavailable where this machine has none and the site names none."""
-    if site.apptainer:
-        return expand(site.apptainer)
-    for program in ("apptainer", "singularity"):
-        if shutil.which(program):
-            return program
-    if site.setup:  # a module of the compute nodes may bring it
-        return "apptainer"
-    raise RuntimeUnavailable(
-        "Apptainer is not on this machine",
-        hint="load its module, or say in the site profile how the nodes get it:"
-        " setup = ['module load apptainer'], or apptainer = '/path'",
-    )
+def container_program(site: Site, *, here: bool = False) -> str:
+    """The word that starts a container: as the site names it, else `apptainer`, else `singularity`.
+
+    RuntimeUnavailable where this machine has none, and it is to start `here`, or the site has no other way to it.
+    """
+    words = [expand(site.apptainer)] if site.apptainer else ["apptainer", "singularity"]
+    found = next(filter(shutil.which, words), None)
+    if found is None and not here and (site.apptainer or site.setup):  # the nodes may have it, by a module perhaps
+        return words[0]
+    if found is None:
+        raise RuntimeUnavailable(
+            f"{site.apptainer or 'Apptainer'} is not on this machine",
+            hint="make a venv: hpc images build NAME --as venv; or load its module"
+            if here
+            else "load its module, or say in the site profile how the nodes get it:"
+            " setup = ['module load apptainer'], or apptainer = '/path'",
+        )
+    return found
 
 
 def expand(text: str, env: Mapping[str, str] = os.environ) -> str:

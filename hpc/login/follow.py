@@ -101,7 +101,8 @@ def _display(out: IO[str]) -> Iterator[Show]:
                 if s.state == "RUNNING":
                     drawn.start_task(task)  # type: ignore[arg-type]
                 share = 1.0 if s.state == "COMPLETED" else (s.done or 0) / s.total if s.total else 0.0
-                said = s.message or s.phase if s.state == "RUNNING" else s.state + (f": {s.reason}" if s.reason else "")
+                now = s.message if s.phase == "running" and s.message else f"{s.phase} {s.message}".rstrip()
+                said = now if s.state == "RUNNING" else s.state + (f": {s.reason}" if s.reason else "")
                 drawn.update(task, completed=share, said=said)  # type: ignore[arg-type]
                 if not s.active:
                     drawn.stop_task(task)  # type: ignore[arg-type]

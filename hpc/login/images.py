@@ -6,7 +6,7 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hpc.core import imagelock
 from hpc.core.digest import sha256
 from hpc.core.errors import HpcError, Interrupted, NotFound, UsageError, VerificationFailed, did_you_mean
 from hpc.login import making, recipes, venvs, view
-from hpc.login.facts import environment_paths, expand
+from hpc.login.facts import container_program, environment_paths, expand
 from hpc.login.making import Maker
 from hpc.login.settings import Settings, load, locate
 from hpc.node import images
@@ -33,8 +33,7 @@ def run(options: argparse.Namespace) -> tuple[int, str, Answer]:
         document = _VERBS[verb](options, settings)
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted", hint="nothing half made is left; the same command begins anew") from error
-    code = VerificationFailed.exit_code if verb == "verify" and not all(r["ok"] for r in document["images"]) else 0
-    return code, f"hpc.images.{verb}/1", document
+    return int(document.get("exit_code", 0)), f"hpc.images.{verb}/1", document
 
 
 def _list(options: argparse.Namespace, settings: Settings) -> Answer:
@@ -43,9 +42,10 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
     lying = {path.stem for path in _sifs(folder)} if folder else set()
     rows = []
     for name in sorted({*recipes.names(root), *site.environments, *lying}):
-        candidates = [folder / f"{name}.sif"] if folder and name in lying else environment_paths(name, site, root)
+        asked = folder if options.to or name in lying else None
+        candidates = [asked / f"{name}.sif"] if asked else environment_paths(name, site, root)
         path = next((p for p in candidates if p.exists()), candidates[0])
-        rows.append({"name": name, "path": str(path), **_standing(name, path, root)})
+        rows.append({"name": name, "path": str(path), **_standing(name, path, folder, root)})
     if not options.json:
         shown = [
             (r["name"], r["state"], _size(r["size"]), ", ".join(f"{k} {v}" for k, v in r["versions"].items()) or "-",
@@ -56,7 +56,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> Answer:
     return {"folder": str(folder) if folder else None, "images": rows}
 
 
-def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
+def _standing(name: str, path: Path, folder: Path | None, root: Path) -> dict[str, Any]:
     """What can be said of an environment without reading the image."""
     if not path.is_file():
         kind = "venv" if (path / "bin" / "python3").exists() else None
@@ -66,31 +66,54 @@ def _standing(name: str, path: Path, root: Path) -> dict[str, Any]:
     if lock is None:
         return {**found, "state": "unrecorded"}
     state = "recorded" if lock.untouched(path) else "touched"
-    if lock.recipe and name in recipes.names(root):
-        now = recipes.find(name, root).inputs(None, {})
-        if any(lock.inputs.get(k) != v for k, v in now.items()):
-            state = "outdated"
+    if recipes.outdated(name, path, (folder,), root):
+        state = "outdated"
     return {**found, "state": state, "sha256": lock.sha256, "signed": lock.signed, "versions": lock.told()}
 
 
 def _build(options: argparse.Namespace, settings: Settings) -> Answer:
+    if not options.submit:
+        if options.wait or options.partition:
+            raise UsageError("--wait and --partition are for a job's build", hint="add --submit")
+        return _told(options, build(options, settings, _say))
+    from hpc.login.building import submit
+
     root = settings.project.root
     if options.kind == "venv":
-        folder = Path(expand(options.to)).absolute() if options.to else root / expand(settings.site.venvs)
-        made = venvs.build(options.name, recipes.pinned(options.name, root), folder, _say, force=options.force)
-        return _told(options, {"name": options.name, "kind": "venv", "path": str(made)})
+        recipes.pinned(options.name, root)
+        target = _venvs(options, settings) / options.name
+    else:  # what is wrong with the command is said before a job waits for it
+        recipe = recipes.find(options.name, root)
+        recipes.refuse_unknown(recipe, dict(_argument(text, recipe) for text in options.build_arg))
+        target = _folder(options, settings) / f"{options.name}.sif"
+    document = submit(options, settings, target, _say)
+    return _told(options, document) if document["state"] == "COMPLETED" else document
+
+
+def build(options: argparse.Namespace, settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make an image or a venv here; what it is."""
+    root = settings.project.root
+    if options.kind == "venv":
+        pinned = recipes.pinned(options.name, root)
+        made = venvs.build(options.name, pinned, _venvs(options, settings), say, force=options.force)
+        return {"name": options.name, "kind": "venv", "path": str(made)}
     with ExitStack() as stack:
-        maker = _maker(options, settings, stack)
-        given = dict(_argument(text) for text in options.build_arg)
-        image, fresh = maker.build(recipes.find(options.name, root), given, force=options.force)
-    return _told(options, _made(image, fresh))
+        maker = _maker(options, settings, stack, say)
+        recipe = recipes.find(options.name, root)
+        given = dict(_argument(text, recipe) for text in options.build_arg)
+        image, fresh = maker.build(recipe, given, force=options.force)
+    return _made(image, fresh)
 
 
-def _argument(text: str) -> tuple[str, str]:
+def _venvs(options: argparse.Namespace, settings: Settings) -> Path:
+    return Path(expand(options.to)).absolute() if options.to else settings.project.root / expand(settings.site.venvs)
+
+
+def _argument(text: str, recipe: recipes.Recipe) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--build-arg {text}: not NAME=VALUE", hint="for example --build-arg mirror=URL")
-    return name, str(Path(value).absolute()) if name in {"base", "wheels"} else value
+    return name, str(Path(value).absolute()) if name in {recipe.below, "wheels"} else value
 
 
 def _pull(options: argparse.Namespace, settings: Settings) -> Answer:
@@ -130,7 +153,13 @@ def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
                      "sha256": lock.sha256 if lock else None})  # fmt: skip
         if not options.json:
             print(problem or f"{image}: {'ok, signed' if key else 'ok'}", flush=True)
-    return {"images": rows}
+    return {"images": rows, "exit_code": 0 if all(row["ok"] for row in rows) else VerificationFailed.exit_code}
+
+
+def _stage(options: argparse.Namespace, settings: Settings) -> Answer:
+    from hpc.login.staging import stage
+
+    return stage(options, settings, _say)
 
 
 def _check(image: Path, key: Path | None, settings: Settings) -> None:
@@ -147,27 +176,29 @@ def _check(image: Path, key: Path | None, settings: Settings) -> None:
         lock.refuse(image, sha256(image))
         imagelock.renew(image, lock)
     if key is not None:
-        images.Apptainer(images.find(settings.site.apptainer), Path()).verify(image, key)
+        images.Apptainer(container_program(settings.site, here=True), Path()).verify(image, key)
 
 
-_VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "verify": _verify}
+_VERBS = {"list": _list, "build": _build, "pull": _pull, "sign": _sign, "stage": _stage, "verify": _verify}
 
 
-def _maker(options: argparse.Namespace, settings: Settings, stack: ExitStack) -> Maker:
+def _maker(
+    options: argparse.Namespace, settings: Settings, stack: ExitStack, say: Callable[[str], None] | None = None
+) -> Maker:
     """Who makes images here: program, folders and a workspace that goes when the stack closes."""
     folder = _folder(options, settings)
     for number in (signal.SIGTERM, signal.SIGHUP):  # end as for Ctrl-C: Apptainer too, and nothing half made is left
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    images.require_spython()
-    program = images.find(settings.site.apptainer)
+    program = container_program(settings.site, here=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}", hint="--to names another folder") from error
     images.refuse_full(folder, making.LEAST)
     work = stack.enter_context(images.workspace(making.scratch(options.tmp, settings), making.LEAST))
-    apptainer = images.Apptainer(program, work, lambda text: _say(f"  {text}"))
-    return Maker(apptainer, folder, settings.project.root, _shared(settings), _say)
+    tell = say or _say
+    apptainer = images.Apptainer(program, work, lambda text: tell(f"  {text}"))
+    return Maker(apptainer, folder, settings.project.root, _shared(settings), tell)
 
 
 def _shared(settings: Settings) -> Path | None:

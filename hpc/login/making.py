@@ -8,10 +8,12 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from hpc.core import imagelock
 from hpc.core.digest import sha256
@@ -28,6 +30,7 @@ LEAST = 2 << 30
 """Bytes that must be free before anything is begun."""
 _UNPACKED = 4
 """An image's tree and the image itself take about so many times its compressed parts."""
+_OLD_S = 24 * 3600
 _NGC = "nvcr.io"
 
 
@@ -56,6 +59,7 @@ class Maker:
     def build(self, recipe: Recipe, given: Mapping[str, str], *, force: bool = False) -> tuple[Path, bool]:
         """The recipe's image, and whether it was made now; where it is there and up to date nothing is done."""
         recipes.refuse_unknown(recipe, given)
+        recipes.chain(recipe, self.root)  # refuses a circle
         image = self.folder / f"{recipe.name}.sif"
         base = self._base(recipe, given)
         inputs = recipe.inputs(imagelock.digest(base, sha256) if base else None, given)
@@ -71,7 +75,7 @@ class Maker:
             self._refuse_small(base, arguments.get("wheels"))
             copied = Path(shutil.copy(recipe.path, folder))
             self.say(f"{recipe.name}: building {image}")
-            self.apptainer.build(copied, part, arguments)
+            self.apptainer.build(copied, part, arguments, *login(None, recipe.source))
             self._finish(part, image, ImageLock(
                 sha256="", size=0, made="built", source=recipe.path.name, recipe=key, inputs=inputs,
             ))  # fmt: skip
@@ -127,31 +131,29 @@ class Maker:
         )
         for name, version in lock.versions.items():
             label = lock.labels.get(f"org.hpc.{name}", version)
-            if label != version:
+            if version != label and not version.startswith((f"{label}.", f"{label}+")):  # 3.12 of 3.12.3, 2 of 2+cpu
                 self.say(f"warning: the label org.hpc.{name} says {label}, and {version} is installed")
         imagelock.install(part, image)
         imagelock.write(image, lock)
 
     def _base(self, recipe: Recipe, given: Mapping[str, str]) -> Path | None:
         """The image that the recipe stands on: as given, else in one of the two folders, else built now."""
-        if "base" not in recipe.arguments:
+        name = recipe.below
+        if name is None:
             return None
-        if "base" in given:
-            return Path(given["base"])
-        lying = [folder / "base.sif" for folder in (self.folder, self.shared) if folder]
-        below = recipes.find("base", self.root)
-        current = recipes.key(below.inputs(None, {}))
-        for image in filter(Path.is_file, lying):
-            lock = imagelock.read(image)
-            if lock is None or lock.recipe in {"", current}:  # one that somebody brought is theirs to renew
+        if name in given:
+            return Path(given[name])
+        for folder in (self.folder, self.shared):
+            image = recipes.lying(name, [folder])
+            if image and not recipes.outdated(name, image, (self.folder, self.shared), self.root):
                 return image
-        return self.build(below, {})[0]
+        return self.build(recipes.find(name, self.root), {})[0]
 
     def _arguments(self, recipe: Recipe, given: Mapping[str, str], base: Path | None, folder: Path) -> dict[str, str]:
         """Every {{ argument }} of the recipe with its value."""
         found = dict(given)
-        if base is not None:
-            found["base"] = str(base)
+        if recipe.below is not None:
+            found[recipe.below] = str(base)
         if "mirror" in recipe.arguments and "mirror" not in found:
             found["mirror"] = recipes.mirror(recipes.release(recipe))
         if recipe.requirements is not None:
@@ -161,15 +163,15 @@ class Maker:
         return found
 
     def _wheels(self, recipe: Recipe, base: Path | None, folder: Path) -> Path:
-        if recipe.requirements is None or base is None:
+        if recipe.requirements is None or not (base or recipe.python):
             raise UsageError(
-                f"{recipe.path.name} wants wheels, but has no requirements or no base to choose them for",
-                hint=f"write {recipe.name}.requirements.txt beside it, or --build-arg wheels=FOLDER",
+                f"{recipe.path.name} wants wheels, but has no requirements, or no Python to choose them for is known",
+                hint=f"write {recipe.name}.requirements.txt beside it, label it org.hpc.python 3.12, or"
+                " --build-arg wheels=FOLDER",
             )
-        version = self.apptainer.versions(base).get("python", "")
-        if not version:
-            raise HpcError(f"{base} has no python3 that answers", hint="rebuild it: hpc images build base --force")
-        minor = version.rpartition(".")[0]
+        minor = recipe.python or self.apptainer.versions(base or Path()).get("python", "").rpartition(".")[0]
+        if not minor:
+            raise HpcError(f"{base} has no python3 that answers", hint=f"hpc images build {recipe.below} --force")
         program = recipes.python(minor)
         self.say(f"{recipe.name}: wheels for Python {minor}")
         work = self.apptainer
@@ -177,7 +179,8 @@ class Maker:
         def run(argv: Sequence[str]) -> int:
             return images.run(argv, work.log, work.tell, env=os.environ, cwd=folder)
 
-        return recipes.wheels(recipe.requirements, folder / "wheels", program, run, work.log)
+        below = [r.requirements for r in recipes.chain(recipe, self.root)[1:] if r.requirements]
+        return recipes.wheels(recipe.requirements, below, folder / "wheels", program, run, work.log)
 
     def _refuse_small(self, base: Path | None, wheels: str | None) -> None:
         parts = sum(p.stat().st_size for p in Path(wheels).glob("*.whl")) if wheels else 0
@@ -192,18 +195,18 @@ class Maker:
     @contextmanager
     def _alone(self, image: Path) -> Iterator[None]:
         """One maker of an image at a time; the others wait, and then find it made."""
-        with open(image.with_name(f".{image.stem}.making"), "a") as lock:
+        with _lock(image.with_name(f".{image.stem}.making")) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.say(f"{image.stem}: another process makes it; waiting")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:  # a file system without locks: the last one wins, and each result is whole
-                if error.errno not in {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}:
+                if error.errno not in {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}:
                     raise
-            else:  # what a killed maker left
-                for left in image.parent.glob(f".{image.stem}.*.sif"):
-                    left.unlink(missing_ok=True)
+                self.say(f"{image.parent} has no locks: where two make {image.name} at once, the last one's is kept")
+            else:
+                _sweep(image)
             try:
                 yield
             finally:
@@ -212,6 +215,28 @@ class Maker:
     def _part(self, image: Path) -> Path:
         """Hidden, on the same disk, and of our own: another may be in the making where there are no locks."""
         return image.with_name(f".{image.stem}.{socket.gethostname()}-{os.getpid()}.sif")
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The file whose lock keeps others out. All who may make images here can open it, whoever made it first."""
+    try:
+        return open(path, "r+b")
+    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):  # whatever the umask; another's file is as it is
+            os.fchmod(descriptor, 0o666)
+        return open(descriptor, "r+b")
+    except PermissionError:  # made by an earlier hpc, or on purpose; not on NFS, which locks only what can be written
+        return open(path, "rb")
+
+
+def _sweep(image: Path) -> None:
+    """Remove what killed makers left. A lock may hold on one machine only, so those of others must be old."""
+    for left in image.parent.glob(f".{image.stem}.*.sif"):
+        with suppress(OSError):
+            ours = left.name.startswith(f".{image.stem}.{socket.gethostname()}-")
+            if ours or time.time() - left.stat().st_mtime > _OLD_S:
+                left.unlink()
 
 
 def login(auth: str | None, source: str) -> tuple[dict[str, str], Path | None]:

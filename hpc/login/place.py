@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core import config as configs
-from hpc.core.plan import Plan, Planned, Source
+from hpc.core.plan import Environment, Plan, Planned, Source
 from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
 from hpc.node import launch
 from hpc.node.enter import Job
+from hpc.node.inplace import InPlace
 from hpc.node.staging import Staging, target_of
 
 
@@ -97,13 +98,14 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
     start = _launch(planned, ground, attempt, reads)
     limit_s = planned.resources.time_min * 60
     delay_s = min(site.signal_delay_s, limit_s // 4)
-    comment = _comment(run, planned, attempt)
+    comment = comment_of(run, planned, attempt)
     job = Job(
         stage_dir=str(stage_dir.path),
         attempt=attempt,
         key=planned.key,
         launch=start,
         staging=_staging(planned, ground),
+        image=_in_place(planned, ground),
         mem_gb=planned.resources.mem_gb,
         heartbeat_s=site.heartbeat_s,
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
@@ -117,7 +119,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         attempt=attempt,
         document=document,
         job=job,
-        batch=_batch(planned, run, delay_s, comment),
+        batch=batch_parameters(planned, run, delay_s, comment),
         comment=comment,
         python=site.python or sys.executable,
         code=run.code,
@@ -152,14 +154,26 @@ def _staging(planned: Planned, ground: Ground) -> Staging | None:
     image = planned.environment
     if image.kind != "sif" or ground.scratch is None:
         return None
+    return staging_of(image, ground.site, ground.scratch, ground.cache, ground.uid)
+
+
+def staging_of(image: Environment, site: Site, scratch: str, cache: Path, uid: int) -> Staging:
+    """How this user's copy of the image comes to a node of the site."""
     return Staging(
         source=image.path,
         sha256=image.digest,
-        target=target_of(ground.scratch, image.digest, ground.uid),
-        slots=str(ground.cache / "staging" / image.digest[:16]),
-        readers=ground.site.stage_readers,
-        limit_gb=ground.site.staged_gb,
+        target=target_of(scratch, image.digest, uid),
+        slots=str(cache / "staging" / image.digest[:16]),
+        readers=site.stage_readers,
+        limit_gb=site.staged_gb,
     )
+
+
+def _in_place(planned: Planned, ground: Ground) -> InPlace | None:
+    image = planned.environment
+    if image.kind != "sif" or ground.scratch is not None:
+        return None
+    return InPlace(path=image.path, sha256=image.digest, stat=image.stat)
 
 
 def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]) -> launch.Launch:
@@ -198,7 +212,8 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     )
 
 
-def _batch(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
+def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
+    """What submitit is told of the job."""
     asked, site = planned.resources, planned.site
     parameters: dict[str, Any] = {
         "job_name": planned.name,
@@ -236,7 +251,7 @@ def _batch(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[st
     return parameters
 
 
-def _comment(run: RunDir, planned: Planned, attempt: int) -> str:
+def comment_of(run: RunDir, planned: Planned, attempt: int) -> str:
     """Unique among the user's jobs: the run's place is part of it, the number alone is not enough."""
     place = hashlib.sha256(os.fsencode(run.path)).hexdigest()[:8]
     return f"hpc:{run.id}/{planned.name}/{attempt}:{planned.key}:{place}"

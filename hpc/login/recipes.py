@@ -1,7 +1,8 @@
 """Recipes, containers/NAME.def with NAME.requirements.txt: what each is made of, and values for its {{ arguments }}.
 
-Three arguments are filled in here: `base` is another recipe's image, `wheels` a folder with the requirements' wheels,
-`mirror` the Debian mirror of this machine. Any other is the user's to give.
+A recipe `From: {{ NAME }}` stands on the environment NAME, and that argument is its image. Two more are filled in:
+`wheels` is a folder with the requirements' wheels, `mirror` the Debian mirror of this machine. Any other has a default
+in %arguments, or is the user's to give.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc.core import imagelock
 from hpc.core.assets import CONTAINERS
 from hpc.core.digest import sha256
 from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError, did_you_mean
 from hpc.core.rundir import tail
 
-FILLED = ("base", "wheels", "mirror")
+FILLED = ("wheels", "mirror")
 Run = Callable[[Sequence[str]], int]
 """Runs a command with its output in the log; its exit code."""
 
@@ -40,18 +42,55 @@ class Recipe:
         return path if path.is_file() else None
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """The names that stand in {{ }}, comments aside."""
-        text = re.sub(r"^\s*#.*$", "", self.path.read_text(encoding="utf-8"), flags=re.M)
-        return tuple(dict.fromkeys(re.findall(r"\{\{\s*(\w+)\s*\}\}", text)))
+    def text(self) -> str:
+        """The recipe without its comments."""
+        return re.sub(r"^\s*#.*$", "", self.path.read_text(encoding="utf-8"), flags=re.M)
 
-    def inputs(self, base: str | None, given: Mapping[str, str]) -> dict[str, str]:
-        """Name -> sha256 of all that the image is made of."""
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names that stand in {{ }}."""
+        return tuple(dict.fromkeys(re.findall(r"\{\{\s*(\w+)\s*\}\}", self.text)))
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        """What %arguments gives."""
+        section = re.search(r"^%arguments\b.*\n((?:(?!%).*\n?)*)", self.text, re.M)
+        return dict(re.findall(r"^\s*(\w+)\s*=\s*(.*?)\s*$", section[1], re.M)) if section else {}
+
+    @property
+    def source(self) -> str:
+        """The address of an image in a registry that it stands on, arguments not filled in; "" where it is none."""
+        return f"docker://{self._header('From')}" if self._header("Bootstrap") == "docker" else ""
+
+    @property
+    def below(self) -> str | None:
+        """The environment that it stands on; None where it stands on none of ours."""
+        found = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", self._header("From"))
+        return found[1] if found and self._header("Bootstrap") == "localimage" else None
+
+    @property
+    def python(self) -> str:
+        """The minor version of its image's Python where a label says it: an image in a registry cannot be asked."""
+        found = re.search(r"^\s*org\.hpc\.python\s+(\S+)", self.text, re.M)
+        return found[1] if found else ""
+
+    def meaning(self, argument: str) -> str:
+        """What the recipe's comment `# argument: …` says of it, with the defaults of others filled in."""
+        found = re.search(rf"^#\s*{argument}:\s*(.+)$", self.path.read_text(encoding="utf-8"), re.M)
+        text = found[1].strip() if found else ""
+        return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda m: self.defaults.get(m[1], m[0]), text)
+
+    def inputs(self, below: str | None, given: Mapping[str, str]) -> dict[str, str]:
+        """Name -> sha256 of all that the image is made of; `below` is that of what it stands on."""
         files = [self.path, *([self.requirements] if self.requirements else [])]
         found = {file.name: sha256(file) for file in files}
-        others = {k: v for k, v in given.items() if k not in FILLED}
+        others = {k: v for k, v in given.items() if k not in (*FILLED, self.below)}
         found.update({f"argument {k}": hashlib.sha256(v.encode()).hexdigest() for k, v in others.items()})
-        return {**found, **({"base": base} if base else {})}
+        return {**found, **({self.below: below} if self.below and below else {})}
+
+    def _header(self, key: str) -> str:
+        found = re.search(rf"^{key}:\s*(.*?)\s*$", self.text, re.M | re.I)
+        return found[1] if found else ""
 
 
 def key(inputs: Mapping[str, str]) -> str:
@@ -76,15 +115,58 @@ def find(name: str, root: Path) -> Recipe:
     raise UsageError(f"there is no recipe '{name}'", hint=did_you_mean(name, names(root)))
 
 
-def pinned(name: str, root: Path) -> Path:
-    """The requirements of that environment, for a venv; UsageError where there are none."""
-    for folder in folders(root):
+def chain(recipe: Recipe, root: Path) -> list[Recipe]:
+    """The recipe, and below it those that it stands on; UsageError where one stands on itself."""
+    found = [recipe]
+    while (name := found[-1].below) and name in names(root):
+        if name in [r.name for r in found]:
+            raise UsageError(f"{found[-1].path} stands on itself, {name}", hint="give one of the two another name")
+        found.append(find(name, root))
+    return found
+
+
+def pinned(name: str, root: Path) -> list[Path]:
+    """The requirements of that environment and of those below it, for a venv; UsageError where it has none."""
+    if name in names(root):
+        recipe = find(name, root)
+        if recipe.source:
+            raise UsageError(
+                f"{name} stands on an image of {recipe.source.split('/')[2]}, so it cannot be a venv",
+                hint=f"hpc images build {name} makes the image",
+            )
+        own, *below = [r.requirements for r in chain(recipe, root)]
+        if own:
+            return [own, *filter(None, below)]
+    for folder in folders(root):  # without a recipe it is a venv alone
         path = folder / f"{name}.requirements.txt"
         if path.is_file():
-            return path
+            return [path]
     raise UsageError(
         f"{name} has no requirements, so it cannot be a venv", hint="write containers/NAME.requirements.txt"
     )
+
+
+def lying(name: str, places: Sequence[Path | None]) -> Path | None:
+    """The first NAME.sif in these folders."""
+    found = (folder / f"{name}.sif" for folder in places if folder)
+    return next((path for path in found if path.is_file()), None)
+
+
+def outdated(name: str, image: Path, places: Sequence[Path | None], root: Path) -> bool:
+    """Whether a built image's recipe, its requirements or what it stands on are others than when it was built.
+
+    What it stands on counts where it lies in one of these folders. What was pulled or brought is never outdated.
+    """
+    lock = imagelock.read(image)
+    if lock is None or not lock.recipe or name not in names(root):
+        return False
+    recipe, *rest = chain(find(name, root), root)
+    below = lying(recipe.below, places) if recipe.below else None
+    if rest and below and outdated(rest[0].name, below, places, root):
+        return True
+    under = imagelock.read(below) if below else None
+    now = recipe.inputs(under.sha256 if under else None, {})
+    return any(lock.inputs.get(k) != v for k, v in now.items())
 
 
 def refuse_unknown(recipe: Recipe, given: Mapping[str, str]) -> None:
@@ -94,8 +176,12 @@ def refuse_unknown(recipe: Recipe, given: Mapping[str, str]) -> None:
             hint = did_you_mean(name, list(recipe.arguments)) if recipe.arguments else "it has no arguments"
             raise UsageError(f"{recipe.path.name} has no argument '{name}'", hint=hint)
     for name in recipe.arguments:
-        if name not in given and name not in FILLED:
-            raise UsageError(f"{recipe.path.name} needs a value for '{name}'", hint=f"--build-arg {name}=VALUE")
+        if name not in (*given, *FILLED, recipe.below, *recipe.defaults):
+            meaning = recipe.meaning(name) or "VALUE"
+            raise UsageError(
+                f"{recipe.path.name} needs a value for '{name}'",
+                hint=f"hpc images build {recipe.name} --build-arg {name}={meaning}",
+            )
 
 
 def mirror(release: str) -> str:
@@ -141,11 +227,15 @@ def _minor(program: str) -> str:
         return ""
 
 
-def wheels(requirements: Path, folder: Path, program: str, run: Run, log: Path) -> Path:
-    """A folder with a wheel of each requirement, and pip's own: the build then needs no network."""
+def wheels(requirements: Path, below: Sequence[Path], folder: Path, program: str, run: Run, log: Path) -> Path:
+    """A folder with a wheel of each requirement, and pip's own: the build then needs no network.
+
+    What the requirements of the environments below pin keeps its version.
+    """
     pip = with_pip(program, folder.with_name("pip"), run)
     argv = [pip, "-m", "pip", "wheel", "--use-pep517", "--progress-bar", "off", "--wheel-dir", str(folder)]
-    if run([*argv, *pip_args(), "pip", "-r", str(requirements)]):
+    pins = [word for path in below for word in ("-c", str(path))]
+    if run([*argv, *pip_args(), "pip", "-r", str(requirements), *pins]):
         raise pip_failed(log, requirements, "fill a folder with `pip wheel` there, bring it: --build-arg wheels=FOLDER")
     return folder
 

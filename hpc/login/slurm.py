@@ -52,6 +52,27 @@ class Accounted:
     nodes: str
 
 
+@dataclass(frozen=True)
+class Node:
+    """One node as sinfo shows it."""
+
+    name: str
+    state: str
+    """Slurm's word, with its mark: idle, mixed-, down*, …"""
+
+    @property
+    def up(self) -> bool:
+        """True where a job can start sooner or later; a mark like * says that the node does not answer.
+
+        >>> [Node("n", state).up for state in ("idle", "mixed-", "allocated+", "down*", "idle*", "drained", "idle~")]
+        [True, True, True, False, False, False, False]
+        """
+        return self.state.rstrip("-+#") in _UP
+
+
+_UP = {"idle", "mixed", "allocated", "completing", "planned", "reserved"}
+
+
 def run(argv: Sequence[str], timeout_s: float = 60) -> str:
     """The program's output. RuntimeUnavailable, with Slurm's own words and what to do, where it fails."""
     try:
@@ -245,6 +266,26 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             nodes=(*(known.nodes if known else ()), node),
         )
     return found
+
+
+def nodes(partition: str | None, names: Sequence[str] = (), call: Run = run) -> list[Node]:
+    """The partition's nodes (None: the default partition's), or those of these names; each once."""
+    argv = ["sinfo", "-h", "-N", "-o", "%N|%T|%P", *(["-p", partition] if partition else [])]
+    return parse_nodes(call([*argv, "-n", ",".join(names)] if names else argv), default=partition is None)
+
+
+def parse_nodes(text: str, *, default: bool) -> list[Node]:
+    found = {}
+    for line in text.splitlines():
+        parts = line.strip().split("|")
+        if len(parts) == 3 and (not default or parts[2].endswith("*")):
+            found[parts[0]] = Node(name=parts[0], state=parts[1])
+    return list(found.values())
+
+
+def hostnames(text: str, call: Run = run) -> list[str]:
+    """The names that a list like dgx[01-04,07],mig01 means."""
+    return call(["scontrol", "show", "hostnames", text]).split()
 
 
 def parse_gres(text: str) -> dict[str, int]:

@@ -52,7 +52,7 @@ class StageState:
     limit_min: int | None = None
     submitted: float | None = None
     phase: str = ""
-    """starting, running, stopping: how far a running job is."""
+    """starting, checking, staging, running, stopping: how far a running job is."""
     done: float | None = None
     total: float | None = None
     message: str = ""
@@ -215,14 +215,20 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
     """A running stage with its phase and progress from the last lines of events.jsonl."""
     elapsed = time.time() - start if start else None
     events = rundir.last_events(attempt.events)
-    state = replace(state, elapsed_s=elapsed, phase=events[-1]["phase"] if events else "starting")
+    last = events[-1] if events else {"phase": "starting"}
+    state = replace(state, elapsed_s=elapsed, phase=last["phase"], message=last.get("message", ""))
     if state.phase in SERVING and (found := endpoints.read(StageDir(Path(state.folder)))) is not None:
-        return replace(state, endpoint=found.address, message=events[-1].get("message", ""))
-    latest = next((e for e in reversed(events) if e.get("total")), None)
+        return replace(state, endpoint=found.address)
+    # how far the image's copy is, is no news once the stage has begun
+    latest = next((e for e in reversed(events) if e.get("total") and _copies(e) == _copies(last)), None)
     if latest is None:
         return state
     message = latest.get("message", "") + (f", loss {latest['loss']:.3f}" if "loss" in latest else "")
     return replace(state, done=latest["done"], total=latest["total"], message=message)
+
+
+def _copies(event: Mapping[str, Any]) -> bool:
+    return bool(event["phase"] == "staging")
 
 
 def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | None = None) -> StageState:
@@ -253,7 +259,7 @@ def _local(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
         submitted = replace(submitted, job={**job, "job_id": process["pid"]})  # hpc may have been killed before it knew
     if process is not None and alive(process["pid"], process["start"]):
         events = rundir.last_events(attempt.events)
-        if not any(e["phase"] == "running" for e in events) and not attempt.heartbeat.exists():
+        if not any(e["phase"] in {"running", "staging", "checking"} for e in events) and not attempt.heartbeat.exists():
             return _base(submitted, state="PENDING", reason="Dependency" if job.get("after") else "starting")
         return _running(_base(submitted, state="RUNNING", node=_host(events)), attempt, _started(attempt))
     if ended is not None:

@@ -21,12 +21,15 @@ from hpc.node import images
 _LEAST = 2 << 30
 
 
-def build(name: str, requirements: Path, folder: Path, say: Callable[[str], None], *, force: bool = False) -> Path:
+def build(
+    name: str, requirements: Sequence[Path], folder: Path, say: Callable[[str], None], *, force: bool = False
+) -> Path:
     """The venv of that name, made with the Python that runs `hpc`; where it is there and up to date nothing is done."""
     link = folder / name
     if link.exists() and not link.is_symlink():
         raise UsageError(f"{link} is there, and was not made by hpc images", hint="remove it, or --to another folder")
-    made_of = requirements.read_text(encoding="utf-8") + sys.version + os.path.realpath(sys.executable)
+    texts = [path.read_text(encoding="utf-8") for path in requirements]
+    made_of = "".join(texts) + sys.version + os.path.realpath(sys.executable)
     venv = folder / f"{name}@{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     if not force and link.is_symlink() and os.readlink(link) == venv.name and (venv / "bin" / "python3").exists():
         say(f"{link} is up to date")
@@ -50,7 +53,7 @@ def build(name: str, requirements: Path, folder: Path, say: Callable[[str], None
     return link
 
 
-def _install(requirements: Path, venv: Path, work: Path, tell: Callable[[str], None]) -> None:
+def _install(requirements: Sequence[Path], venv: Path, work: Path, tell: Callable[[str], None]) -> None:
     def run(*argv: str) -> int:
         return images.run(argv, work / "log", tell, env=os.environ, cwd=work)
 
@@ -62,6 +65,6 @@ def _install(requirements: Path, venv: Path, work: Path, tell: Callable[[str], N
     pip = [*pip, "install", "--no-compile", "--progress-bar", "off", "--no-input", *recipes.pip_args()]
     if code:
         raise HpcError(f"{sys.executable} can make no venv", hint="on Debian: apt-get install python3-venv")
-    if run(*pip, "-r", str(requirements)):
+    if run(*pip, *(word for path in requirements for word in ("-r", str(path)))):
         way_out = "fill a folder with `pip wheel` there, bring it: PIP_ARGS='--no-index --find-links FOLDER'"
-        raise recipes.pip_failed(work / "log", requirements, way_out)
+        raise recipes.pip_failed(work / "log", requirements[0], way_out)

@@ -129,10 +129,11 @@ def progress(state: StageState) -> str:
         return state.reason
     if state.endpoint:
         return f"{state.phase} on {state.endpoint}  {state.message}".rstrip()
-    if not state.total:
-        return state.phase
+    if not state.total or (state.phase == "staging" and not state.done):
+        return f"{state.phase}  {state.message}".rstrip()
     share = min(1.0, (state.done or 0) / state.total)
-    return f"{bar(share)} {share:4.0%}  {state.message}".rstrip()
+    phase = "" if state.phase == "running" else f"{state.phase} "
+    return f"{phase}{bar(share)} {share:4.0%}  {state.message}".rstrip()
 
 
 def bar(share: float, width: int = 12) -> str:

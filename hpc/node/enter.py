@@ -18,9 +18,10 @@ from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
 from hpc.node import memory, outcome
 from hpc.node.deaf import deaf_thread
+from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
 from hpc.node.shield import shielded
-from hpc.node.staging import Staging, staged
+from hpc.node.staging import Staging, in_words, staged
 
 _POLL_S = 0.2
 _RESERVE = 1 << 16
@@ -39,6 +40,8 @@ class Job:
     launch: Launch
     staging: Staging | None = None
     """The image to copy to the node first, which `launch` then starts."""
+    image: InPlace | None = None
+    """The image that `launch` starts from where it lies."""
     mem_gb: int
     heartbeat_s: int
     waits: tuple[tuple[str, str], ...] = ()
@@ -135,14 +138,18 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
     blocked = _wait_for_inputs(job, watch)
     if blocked is not None:
         return blocked
+    if job.image is not None:
+        why = "the image's file was touched since it was planned with"
+        check(job.image, lambda: rundir.append_event(attempt.events, "checking", message=why))
     if job.staging is None:
         return _run_container(job, attempt, watch)
 
     def tell(done: int, total: int, rate: float) -> None:
-        message = f"{rate / 1e9:.1f} GB/s" if rate else "waits for its turn to copy the image"
+        message = in_words("the image", total, rate)
         rundir.append_event(attempt.events, "staging", done=done, total=total, message=message)
 
     with staged(job.staging, tell):
+        rundir.append_event(attempt.events, "starting", message="the image is on this node")
         return _run_container(job, attempt, watch)
 
 

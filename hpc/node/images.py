@@ -37,23 +37,12 @@ _AS_IT_IS = ("oras://", "library://", "shub://", "http://", "https://")
 """What is a SIF at its source is taken as it is, with its signatures; all else is converted."""
 _PROBE = """
 import importlib.metadata, json, platform
-found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+first_wins = reversed(list(importlib.metadata.distributions()))
+found = {d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d.version for d in first_wins}
 print(json.dumps({**found, "python": platform.python_version()}))
 """
 
 Tell = Callable[[str], None]
-
-
-def find(named: str | None = None) -> str:
-    """The program that was named, else `apptainer`, else `singularity`; RuntimeUnavailable where there is none."""
-    for word in [named] if named else ["apptainer", "singularity"]:
-        found = shutil.which(word)
-        if found:
-            return found
-    raise RuntimeUnavailable(
-        f"{named or 'Apptainer'} is not on this machine",
-        hint="load its module, set `apptainer` in the site profile, or make a venv: hpc images build NAME --as venv",
-    )
 
 
 @contextmanager
@@ -165,11 +154,14 @@ class Apptainer:
         with _spython(self.program, self.work) as client:
             return str(client.version()).strip()
 
-    def build(self, recipe: Path, part: Path, arguments: Mapping[str, str]) -> None:
+    def build(
+        self, recipe: Path, part: Path, arguments: Mapping[str, str], secret: Mapping[str, str], authfile: Path | None
+    ) -> None:
         """Build from a recipe, as an ordinary user; paths in its %files count from the recipe's folder."""
         words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
-        argv = ["build", "--force", *ZSTD, *words, str(part), str(recipe)]
-        self._make(argv, part, recipe.name, recipe.parent, {})
+        login = ["--authfile", str(authfile)] if authfile else []
+        argv = ["build", "--force", *ZSTD, *login, *words, str(part), str(recipe)]
+        self._make(argv, part, recipe.name, recipe.parent, secret)
 
     def pull(self, source: str, part: Path, secret: Mapping[str, str], authfile: Path | None) -> None:
         """Fetch an image. `secret` goes into the environment of the one call, never into its arguments."""
@@ -235,14 +227,13 @@ class Apptainer:
 @contextmanager
 def _spython(program: str, work: Path) -> Iterator[Any]:
     """spython's client, which finds our program under the only name that it knows."""
-    require_spython()
     from spython.main import get_client
 
     names = work / "bin"
     names.mkdir(exist_ok=True)
     link = names / "singularity"
     if not link.is_symlink():
-        link.symlink_to(program)
+        link.symlink_to(shutil.which(program) or program)
     path = os.environ.get("PATH", os.defpath)
     os.environ["PATH"] = f"{names}{os.pathsep}{path}"
     try:
@@ -251,33 +242,37 @@ def _spython(program: str, work: Path) -> Iterator[Any]:
         os.environ["PATH"] = path
 
 
-def require_spython() -> None:
-    """RuntimeUnavailable where spython is not installed: asked before hours of work."""
-    from importlib.util import find_spec
-
-    if find_spec("spython") is None:
-        raise RuntimeUnavailable("spython is not installed", hint="pip install 'hpc-batch[images]'")
-
-
 def explain(what: str, lines: Sequence[str], code: int) -> HpcError:
-    """The error that a failed build or pull means, out of what it printed."""
+    """The error that a failed build or pull means, out of what it printed; `what` is a recipe or an address."""
     text = "\n".join(lines[-40:])
-    host = re.sub(r"^\w[\w+-]*:(//)?", "", what).partition("/")[0]
+    asked = re.search(r"https?://([^/\"\s]+)", text)
+    host = asked[1] if asked else re.sub(r"^\w[\w+-]*:(//)?", "", what).partition("/")[0]
+    name = what.removesuffix(".def")
+    thing = what if name == what else f"what {what} asks for"
     if re.search(r"no such host|dial tcp|connection refused|i/o timeout|network is unreachable|TLS handshake", text):
+        way_out = (
+            "pull it where it can be reached, or `docker save IMAGE -o x.tar` there, and bring the file:"
+            " `hpc images pull NAME x.sif` or `hpc images pull NAME docker-archive:x.tar`"
+        )
+        if name != what:
+            way_out = (
+                "give the same command on a machine that reaches it, and bring the image:"
+                f" `hpc images pull {name} {name}.sif`"
+            )
         return RuntimeUnavailable(
-            f"{host} cannot be reached from this machine: {_fatal(lines)}",
-            hint="set HTTPS_PROXY; or pull it where it can be reached, or `docker save IMAGE -o x.tar` there, and bring"
-            " the file: `hpc images pull NAME x.sif` or `hpc images pull NAME docker-archive:x.tar`",
+            f"{host} cannot be reached from this machine: {_fatal(lines)}", hint=f"set HTTPS_PROXY; or {way_out}"
         )
     if re.search(r"no library client|remote has no", text):
         return RuntimeUnavailable(f"{what}: no image library is set up here", hint="`apptainer remote list`")
     if re.search(r"unauthorized|authentication required|denied:|403 \(?Forbidden|401", text, re.I):
         return UsageError(
-            f"{host} does not give {what} without a login, or not with this one",
-            hint="write the API key into a file of mode 0600 and name it: --auth FILE",
+            f"{host} does not give {thing} without a login, or not with this one",
+            hint="write the API key into ~/.config/hpc/ngc.key, mode 0600; or for a pull name a login: --auth FILE",
         )
-    if re.search(r"manifest unknown|name unknown|not found: |404", text):
-        return UsageError(f"{host} has no {what}", hint="check the name and its tag")
+    if re.search(r"could not parse reference", text):
+        return UsageError(f"{thing} is no address of an image: {_fatal(lines)}", hint="check its name, tag and digest")
+    if re.search(r"manifest unknown|name unknown|not found: |404", text, re.I):
+        return UsageError(f"{host} does not have {thing}: {_fatal(lines)}", hint="check its name, tag and digest")
     if re.search(r"no space left on device|quota exceeded", text, re.I):
         return HpcError(f"no room to make {what}", hint="--tmp and --to name disks with more room")
     shown = "\n  ".join(line for line in lines[-_TAIL:] if line.strip())

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc.core import rundir
+from hpc.core.errors import HpcError
 from hpc.node import launch
+from hpc.node.inplace import InPlace, check
 from hpc.node.shield import shielded
 
 _OF_NODE = ("CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME", "TERM")
@@ -50,6 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     if document is None:
         print(f"{folder}: its container has not been started", file=sys.stderr)
         return 1
+    try:
+        _check_image(stage_dir, document["argv"])
+    except HpcError as error:
+        print(f"error: {error.message}\n  try: {error.hint}", file=sys.stderr)
+        return error.exit_code
     argv, env = start(document, stage_dir.path, program, os.environ)
     child: subprocess.Popen[bytes] | None = None
 
@@ -67,6 +74,13 @@ def main(arguments: Sequence[str]) -> int:
     with shielded(child.pid):  # which ends the image's FUSE helper with this process, however that ends
         code = child.wait()
     return 128 - code if code < 0 else code
+
+
+def _check_image(stage_dir: rundir.StageDir, argv: Sequence[str]) -> None:
+    """An image that runs from where it lies may have become another one since the stage was started with it."""
+    planned = (rundir.read_json(stage_dir.config) or {}).get("environment", {})
+    if planned.get("path") in argv:
+        check(InPlace(path=planned["path"], sha256=planned["digest"], stat=tuple(planned.get("stat", ()))))
 
 
 if __name__ == "__main__":

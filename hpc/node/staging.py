@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import IO
 
 from hpc.core import rundir
 from hpc.core.errors import HpcError, VerificationFailed
@@ -37,7 +38,7 @@ _SPARE = _GB
 _TELL_S = 1.0
 
 Tell = Callable[[int, int, float], None]
-"""(bytes copied, bytes in all, bytes per second)"""
+"""(bytes copied, bytes in all, bytes per second); (0, 0, 0) while another process of this node copies it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,17 @@ def target_of(scratch: str, sha256: str, uid: int) -> str:
     return f"{scratch}/hpc-{uid}/images/{sha256}.sif"
 
 
+def in_words(name: str, total: int, rate: float) -> str:
+    """What a Tell means to a person, beside the share that is done.
+
+    >>> in_words("train", 9, 1.1e9), in_words("train", 9, 0), in_words("train", 0, 0)
+    ('1.1 GB/s', 'waits for its turn to copy train', 'another job of this node copies train')
+    """
+    if not total:
+        return f"another job of this node copies {name}"
+    return f"{rate / 1e9:.1f} GB/s" if rate else f"waits for its turn to copy {name}"
+
+
 @contextmanager
 def staged(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Iterator[Path]:
     """The image on the node's disk, kept from removal for as long as the block runs.
@@ -69,15 +81,24 @@ def staged(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Iterat
     target = Path(wish.target)
     _own_folder(target.parent)
     with open(target.with_suffix(".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        _lock(lock, fcntl.LOCK_SH, tell)
         while not _whole(target):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, fcntl.LOCK_EX, tell)
             if not _whole(target):  # nobody made it while we waited
                 _copy(wish, target, tell)
-            fcntl.flock(lock, fcntl.LOCK_SH)  # not atomic: another may have removed it in between, so look again
+            _lock(lock, fcntl.LOCK_SH, tell)  # not atomic: another may have removed it in between, so look again
         with suppress(OSError):
             os.utime(target.with_suffix(".json"))  # the time of last use
         yield target
+
+
+def _lock(lock: IO[str], kind: int, tell: Tell) -> None:
+    """Lock it, and tell where that must wait."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        tell(0, 0, 0.0)
+        fcntl.flock(lock, kind)
 
 
 def _own_folder(folder: Path) -> None:
@@ -129,6 +150,9 @@ def _copy(wish: Staging, target: Path, tell: Tell) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise HpcError(f"no room for {source.name} in {target.parent}", hint="`scratch` names the disk") from error
         raise HpcError(f"{source} cannot be staged: {error.strerror}", hint="do all nodes see it?") from error
+    except BaseException:  # Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
     if found != wish.sha256:
         part.unlink(missing_ok=True)
         raise VerificationFailed(

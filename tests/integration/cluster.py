@@ -69,9 +69,9 @@ class Cluster:
         """Let a frozen daemon go on."""
         self._script("cluster.sh", "thaw", name)
 
-    def images(self, name: str) -> Path:
-        """The path of NAME.sif (base or train), built if its recipe has changed."""
-        return Path(self._script("images.sh", name, str(self.image_dir)).splitlines()[-1])
+    def images(self, name: str, venv: Path) -> Path:
+        """The path of NAME.sif, built by the hpc of that venv if what it is made of has changed."""
+        return Path(self._script("images.sh", name, str(self.image_dir), str(venv)).splitlines()[-1])
 
     def run(
         self,

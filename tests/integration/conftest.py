@@ -59,19 +59,32 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def base_sif(cluster: Cluster) -> Path:
+def base_sif(cluster: Cluster, hpc_install: Path) -> Path:
     """The image with Debian and Python alone."""
-    return cluster.images("base")
+    return cluster.images("base", hpc_install)
 
 
 @pytest.fixture(scope="session")
-def train_sif(cluster: Cluster) -> Path:
+def train_sif(cluster: Cluster, hpc_install: Path) -> Path:
     """The image with the training environment."""
-    return cluster.images("train")
+    return cluster.images("train", hpc_install)
+
+
+@pytest.fixture(scope="session")
+def lab_sif(cluster: Cluster, hpc_install: Path) -> Path:
+    """The image with JupyterLab in the training environment."""
+    return cluster.images("lab", hpc_install)
+
+
+@pytest.fixture(scope="session")
+def serve_cpu_sif(cluster: Cluster, hpc_install: Path) -> Path:
+    """The image with the real Triton server."""
+    return cluster.images("serve-cpu", hpc_install)
 
 
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
     """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
     venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # several checkouts are tested at once
     pip = (venv / "bin" / "python", "-m", "pip", "-q")

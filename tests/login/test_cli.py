@@ -269,3 +269,14 @@ def test_run_whose_file_is_empty_is_passed_over(capsys: pytest.CaptureFixture[st
     world.run("pipeline-1")
     (world.run("pipeline-2").run).write_text("")
     assert {s["run"] for s in document(capsys, "status")["stages"]} == {"pipeline-1"}
+
+
+def test_latest_run_is_none_of_images_where_there_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpc.core.rundir import RunDir
+    from hpc.login import commands
+
+    mine = [(RunDir(tmp_path / name), {}) for name in ("images-3", "pipeline-2", "finetune-1")]
+    monkeypatch.setattr(commands, "_mine", lambda: mine)
+    assert commands._target(None)[0].id == "pipeline-2"
+    monkeypatch.setattr(commands, "_mine", lambda: mine[:1])
+    assert commands._target(None)[0].id == "images-3"

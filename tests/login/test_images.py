@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from hpc.core import imagelock
 from hpc.core.digest import Digests, sha256
 from hpc.core.errors import RuntimeUnavailable, UsageError, VerificationFailed
 from hpc.core.imagelock import ImageLock
+from hpc.core.site import Site
 from hpc.login import cli, making, recipes, venvs
-from hpc.login.facts import MachineFacts
+from hpc.login.facts import MachineFacts, container_program
+from hpc.login.making import Maker
 from hpc.login.settings import Layer, load, locate
 from hpc.node.images import Apptainer
 
@@ -71,7 +76,8 @@ def test_a_projects_own_recipes_come_before_those_of_the_toolkit(project: Path) 
 
 
 def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(project: Path) -> None:
-    found = recipe(project, "# say {{ nothing }}\nFrom: {{ base }}\n%post\n    echo {{cuda}} {{ base }}\n")
+    header = "Bootstrap: localimage\nFrom: {{ base }}\n"
+    found = recipe(project, f"# say {{{{ nothing }}}}\n{header}%post\n    echo {{{{cuda}}}} {{{{ base }}}}\n")
     assert found.arguments == ("base", "cuda")
     with pytest.raises(UsageError, match="needs a value for 'cuda'"):
         recipes.refuse_unknown(found, {})
@@ -81,9 +87,42 @@ def test_arguments_are_read_out_of_the_recipe_but_not_out_of_its_comments(projec
     recipes.refuse_unknown(found, {"cuda": "12"})
 
 
+def test_a_recipe_stands_on_the_environment_that_it_is_from(project: Path) -> None:
+    found = recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n")
+    assert found.below == "train"
+    assert [r.name for r in recipes.chain(found, project)] == ["mine", "train", "base"]
+    recipes.refuse_unknown(found, {})  # filled in
+    assert recipe(project, "Bootstrap: docker\nFrom: {{ image }}\n").below is None
+    assert recipe(project, "Bootstrap: localimage\nFrom: /images/x.sif\n").below is None
+
+
+def test_a_recipe_that_stands_on_itself_is_refused(project: Path) -> None:
+    (project / "containers" / "train.def").write_text("Bootstrap: localimage\nFrom: {{ mine }}\n")
+    found = recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n")
+    with pytest.raises(UsageError, match="stands on itself"):
+        recipes.chain(found, project)
+
+
+def test_a_default_is_read_out_of_the_recipe_and_a_comment_says_what_to_give(project: Path) -> None:
+    found = recipe(project, "# cuda: 12 or {{ tag }}\nFrom: x:{{ tag }}{{ cuda }}\n%arguments\n    tag=13 # a\n%post\n")
+    assert found.defaults == {"tag": "13 # a"}
+    with pytest.raises(UsageError, match="needs a value for 'cuda'") as caught:
+        recipes.refuse_unknown(found, {})
+    assert caught.value.hint == "hpc images build mine --build-arg cuda=12 or 13 # a"
+
+
+def test_a_venv_gets_the_requirements_of_all_that_its_environment_stands_on(project: Path) -> None:
+    recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n", "six==1.17.0\n")
+    (project / "containers" / "alone.requirements.txt").touch()
+    names = {name: [path.name.split(".")[0] for path in recipes.pinned(name, project)] for name in ("mine", "alone")}
+    assert names == {"mine": ["mine", "train"], "alone": ["alone"]}
+
+
 def test_a_recipes_key_changes_with_all_that_it_is_made_of(project: Path) -> None:
+    stands = "Bootstrap: localimage\nFrom: {{ base }}\n"
+
     def key(text: str = "a", requirements: str = "b", base: str = "c", **given: str) -> str:
-        return recipes.key(recipe(project, text, requirements).inputs(base, given))
+        return recipes.key(recipe(project, stands + text, requirements).inputs(base, given))
 
     keys = [key(), key(text="x"), key(requirements="x"), key(base="x"), key(cuda="12")]
     assert len(set(keys)) == len(keys)
@@ -111,6 +150,47 @@ def test_wheels_are_chosen_by_a_python_of_the_images_version() -> None:
     assert "--build-arg wheels=" in caught.value.hint
 
 
+# ---- what is outdated
+
+
+def chained(project: Path) -> Path:
+    """mine on ours on nothing, both built; the folder of images."""
+    folder = project / "images"
+    (project / "containers" / "ours.def").write_text("Bootstrap: scratch\n")
+    above = recipe(project, "Bootstrap: localimage\nFrom: {{ ours }}\n")
+    record(folder / "ours.sif", recipe="k", inputs=recipes.find("ours", project).inputs(None, {}))
+    record(folder / "mine.sif", recipe="k", inputs=above.inputs(sha256(folder / "ours.sif"), {}))
+    return folder
+
+
+def outdated(project: Path, *places: Path) -> bool:
+    return recipes.outdated("mine", places[0] / "mine.sif", places, project)
+
+
+def test_an_image_is_outdated_when_what_it_stands_on_was_built_anew(project: Path) -> None:
+    folder = chained(project)
+    assert not outdated(project, folder)
+    record(folder / "ours.sif", b"anew", recipe="k", inputs=recipes.find("ours", project).inputs(None, {}))
+    assert outdated(project, folder)
+
+
+def test_an_image_is_outdated_when_the_recipe_below_has_changed(project: Path) -> None:
+    folder = chained(project)
+    (project / "containers" / "ours.def").write_text("Bootstrap: scratch\n# changed\n")
+    assert outdated(project, folder)
+    (folder / "ours.sif").unlink()  # only the image above was brought here: it stands by itself
+    assert not outdated(project, folder)
+
+
+def test_an_image_that_was_brought_is_its_owners_to_renew(project: Path) -> None:
+    folder = chained(project)
+    record(folder / "mine.sif", made="pulled")
+    (project / "containers" / "mine.def").write_text("Bootstrap: scratch\n")
+    assert not outdated(project, folder)
+    (folder / "mine.lock.json").unlink()
+    assert not outdated(project, folder)
+
+
 # ---- the verbs
 
 
@@ -134,8 +214,11 @@ def test_the_list_says_what_is_there_and_whether_it_is_what_it_was(
     (project / "containers" / "mine.def").write_text("From: other")
     rows = {r["name"]: r for r in told(capsys, "list")["images"]}
     assert rows["mine"]["state"] == "outdated"
+    (project / "containers" / "mine.def").write_text("From: {{ base }}")
     assert cli.main(["images"]) == 0
     assert "torch 2.13.0" in capsys.readouterr().out
+    rows = {r["name"]: r for r in told(capsys, "list", "--to", "elsewhere")["images"]}
+    assert rows["triton"]["path"] == str(project / "elsewhere" / "triton.sif")
 
 
 def test_verify_is_6_and_names_both_digests(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,18 +261,87 @@ def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys:
 def test_what_cannot_be_done_is_said_with_a_way_out(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc.node.images.require_spython", lambda: None)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.images.container_program", lambda site, here: "/bin/true")
     assert cli.main(["images", *arguments]) == code
     assert said in capsys.readouterr().err
 
 
-def test_without_spython_it_is_said_before_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cli.main(["images", "build", "base"]) == 4
-    assert "hpc-batch[images]" in capsys.readouterr().err
+# ---- the program
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """A machine with these programs and no others."""
+    monkeypatch.setenv("PATH", str(folder))
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+
+
+def test_apptainer_is_found_before_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("singularity", "apptainer"):
+        programs(tmp_path, monkeypatch, name)
+        assert container_program(Site(name="x"), here=True) == name
+
+
+def test_the_sites_own_program_may_begin_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch, "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named in ("~/mine", "$HOME/mine"):
+        assert container_program(Site(name="x", apptainer=named), here=True) == f"{tmp_path}/mine"
+
+
+def test_without_apptainer_the_venv_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    for site in (Site(name="x"), Site(name="x", apptainer="/opt/a"), Site(name="x", setup=("module load a",))):
+        with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+            container_program(site, here=True)
+        assert "--as venv" in caught.value.hint
+
+
+def test_the_nodes_may_have_what_this_machine_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path, monkeypatch)
+    assert container_program(Site(name="x", apptainer="/opt/a")) == "/opt/a"
+    assert container_program(Site(name="x", setup=("module load a",))) == "apptainer"
+    with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
+        container_program(Site(name="x"))
+    assert "setup = " in caught.value.hint
+
+
+# ---- one maker at a time
+
+
+def maker(folder: Path, say: Callable[[str], None] = lambda text: None) -> Maker:
+    return Maker(Apptainer("/bin/true", folder), folder, folder, None, say)
+
+
+def test_the_lock_can_be_opened_by_all_who_share_the_folder(project: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        with maker(project)._alone(project / "x.sif"):
+            assert (project / ".x.making").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+def test_what_killed_makers_left_goes_but_not_what_one_elsewhere_makes(project: Path) -> None:
+    ours, other, old = (project / f".x.{name}.sif" for name in (f"{socket.gethostname()}-1", "node9-1", "node9-2"))
+    sibling = project / f".x.y.{socket.gethostname()}-1.sif"  # of the image x.y
+    for path in (ours, other, old, sibling):
+        path.touch()
+    os.utime(old, (0, 0))
+    with maker(project)._alone(project / "x.sif"):
+        assert [p.exists() for p in (ours, other, old, sibling)] == [False, True, False, True]
+
+
+def test_a_file_system_without_locks_is_told_of(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(making.fcntl, "flock", flock)
+    said: list[str] = []
+    with maker(project, said.append)._alone(project / "x.sif"):
+        pass
+    assert "has no locks: where two make x.sif at once, the last one's is kept" in said[0]
 
 
 # ---- logins
@@ -257,6 +409,22 @@ def test_planning_refuses_an_image_that_is_not_what_its_lock_records(project: Pa
     assert sha256(image) in caught.value.message
 
 
+def test_a_change_while_the_image_is_planned_with_is_one_that_the_node_sees(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = record(project / "images" / "train.sif")
+    assert facts().environment("train").stat == imagelock.look(image)
+    real = imagelock.digest
+
+    def digest(path: Path, hash_file: Any) -> str:
+        found = real(path, hash_file)
+        image.write_bytes(b"evil")  # right after its digest was found
+        return found
+
+    monkeypatch.setattr(imagelock, "digest", digest)
+    assert facts().environment("train").stat != imagelock.look(image)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images whose signature Apptainer was asked for; those whose content says `good` have one."""
@@ -268,7 +436,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             raise VerificationFailed("no good signature")
 
     monkeypatch.setattr(Apptainer, "verify", verify)
-    monkeypatch.setattr("hpc.node.images.find", lambda named: "/bin/true")
+    monkeypatch.setattr("hpc.login.facts.container_program", lambda site, here: "/bin/true")
     return found
 
 
@@ -315,13 +483,13 @@ def test_a_venv_is_made_once_and_replaced_in_one_step(tmp_path: Path) -> None:
     requirements = tmp_path / "x.requirements.txt"
     requirements.write_text("# nothing\n")
     said: list[str] = []
-    made = venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    made = venvs.build("x", [requirements], tmp_path / "venvs", said.append)
     assert (made / "bin" / "python3").exists()
     first = os.readlink(made)
-    assert venvs.build("x", requirements, tmp_path / "venvs", said.append) == made
+    assert venvs.build("x", [requirements], tmp_path / "venvs", said.append) == made
     assert "up to date" in said[-1]
     requirements.write_text("# nothing else\n")
-    venvs.build("x", requirements, tmp_path / "venvs", said.append)
+    venvs.build("x", [requirements], tmp_path / "venvs", said.append)
     assert os.readlink(made) != first
     assert (made.parent / first).is_dir(), "jobs may still use it"
 

@@ -12,7 +12,17 @@ import pytest
 from hpc.core.errors import RuntimeUnavailable
 from hpc.core.limits import NodeKind
 from hpc.login import slurm
-from hpc.login.slurm import failure, minutes, parse_accounting, parse_gres, parse_partitions, parse_queue, program_env
+from hpc.login.slurm import (
+    Node,
+    failure,
+    minutes,
+    parse_accounting,
+    parse_gres,
+    parse_nodes,
+    parse_partitions,
+    parse_queue,
+    program_env,
+)
 
 RECORDED = sorted((Path(__file__).resolve().parent.parent / "fixtures" / "slurm").iterdir())
 """Folders of one Slurm version each."""
@@ -394,3 +404,34 @@ def test_environment_of_this_process_stays_as_it_is() -> None:
 def test_answer_that_is_not_utf8_is_read_all_the_same(program: Path) -> None:
     script(program, r"printf '1|RUNNING|None|5|4|1:00|n1|caf\351\n'")
     assert slurm.queue("alice")["1"].state == "RUNNING"
+
+
+# ---- nodes
+
+NODES = sorted((Path(__file__).resolve().parent.parent / "fixtures" / "sinfo-nodes").iterdir())
+
+
+@pytest.mark.parametrize("file", NODES, ids=lambda path: path.stem)
+def test_nodes_of_the_default_partition_each_once(file: Path) -> None:
+    found = parse_nodes(file.read_text(), default=True)
+    assert [node.name for node in found] == ["dgx01", "dgx02", "dgx03", "dgx04"]
+    assert all(node.up for node in found)
+
+
+def test_nodes_that_do_not_answer_are_not_up() -> None:
+    text = "a|down*|batch*\nb|idle*|batch*\nc|drained|batch*\nd|draining@|batch*\ne|maint|batch*\nf|mixed-|mig\n"
+    assert [node.name for node in parse_nodes(text, default=False) if node.up] == ["f"]
+    assert [node.name for node in parse_nodes(text, default=True)] == ["a", "b", "c", "d", "e"]
+
+
+def test_nodes_are_asked_for_by_partition_and_name() -> None:
+    asked: list[list[str]] = []
+
+    def call(argv: Sequence[str]) -> str:
+        asked.append(list(argv))
+        return "a|idle|batch*\n"
+
+    assert slurm.nodes("mig", ["a", "b"], call) == [Node("a", "idle")]
+    assert asked == [["sinfo", "-h", "-N", "-o", "%N|%T|%P", "-p", "mig", "-n", "a,b"]]
+    assert slurm.nodes(None, (), call) == [Node("a", "idle")]
+    assert asked[1] == ["sinfo", "-h", "-N", "-o", "%N|%T|%P"]

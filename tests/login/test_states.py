@@ -14,6 +14,7 @@ import pytest
 from hpc.core import rundir
 from hpc.core.errors import RuntimeUnavailable
 from hpc.core.rundir import AttemptDir, RunDir, RunsDir, StageDir
+from hpc.login import view
 from hpc.login.states import ACTIVE, LOST, NOT_SUBMITTED, REASONS, UNKNOWN, Scheduler, StageState, states
 from hpc.node.enter import process_start
 
@@ -147,6 +148,22 @@ def test_running_job_tells_place_time_and_progress(world: World) -> None:
     assert (found.node, found.done, found.total, found.phase) == ("dgx01", 3, 10, "stopping")
     assert found.message == "training, loss 0.123"
     assert 59 < (found.elapsed_s or 0) < 70
+
+
+def test_image_on_its_way_to_the_node_is_told_until_the_stage_begins(world: World) -> None:
+    attempt = world.job(world.run()).attempt(1)
+    world.shows("RUNNING")
+    rundir.append_event(attempt.events, "starting", host="dgx01")
+    rundir.append_event(attempt.events, "staging", done=0, total=0, message="another job of this node copies the image")
+    assert view.progress(world.one()) == "staging  another job of this node copies the image"
+    rundir.append_event(attempt.events, "staging", done=0, total=100, message="waits for its turn to copy the image")
+    assert view.progress(world.one()) == "staging  waits for its turn to copy the image"
+    rundir.append_event(attempt.events, "staging", done=62, total=100, message="1.1 GB/s")
+    assert view.progress(world.one()) == "staging ━━━━━━━─────  62%  1.1 GB/s"
+    rundir.append_event(attempt.events, "starting", message="the image is on this node")
+    assert view.progress(world.one()) == "starting  the image is on this node"
+    rundir.append_event(attempt.events, "running", message="")
+    assert view.progress(world.one()) == "running"
 
 
 def test_requeued_job_is_what_slurm_says_and_not_its_old_outcome(world: World) -> None:
@@ -344,6 +361,12 @@ def test_local_stage_at_work_is_running(world: World) -> None:
     found = world.one()
     assert (found.state, found.node, found.done) == ("RUNNING", "laptop", 1)
     assert found.elapsed_s is not None
+
+
+@pytest.mark.parametrize("phase", ["staging", "checking"])
+def test_local_stage_whose_image_is_made_ready_is_running(world: World, phase: str) -> None:
+    rundir.append_event(local(world).attempt(1).events, phase, done=1, total=2, message="m")
+    assert (world.one().state, world.one().phase) == ("RUNNING", phase)
 
 
 def test_local_stage_ends_as_its_outcome_says(world: World) -> None:

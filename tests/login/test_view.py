@@ -83,9 +83,18 @@ def test_table_of_no_rows_is_its_headings() -> None:
     ("values", "text"),
     [
         ({"state": "RUNNING", "phase": "starting"}, "starting"),
-        ({"state": "RUNNING", "done": 1, "total": 2, "message": "m"}, "━━━━━━──────  50%  m"),
-        ({"state": "RUNNING", "done": 5, "total": 2}, "━━━━━━━━━━━━ 100%"),
-        ({"state": "RUNNING", "done": None, "total": 2}, "────────────   0%"),
+        ({"state": "RUNNING", "phase": "running", "done": 1, "total": 2, "message": "m"}, "━━━━━━──────  50%  m"),
+        ({"state": "RUNNING", "phase": "running", "done": 5, "total": 2}, "━━━━━━━━━━━━ 100%"),
+        ({"state": "RUNNING", "phase": "running", "done": None, "total": 2}, "────────────   0%"),
+        (
+            {"state": "RUNNING", "phase": "staging", "done": 62, "total": 100, "message": "1.1 GB/s"},
+            "staging ━━━━━━━─────  62%  1.1 GB/s",
+        ),
+        (
+            {"state": "RUNNING", "phase": "staging", "done": 0, "total": 100, "message": "waits for its turn"},
+            "staging  waits for its turn",
+        ),
+        ({"state": "RUNNING", "phase": "checking", "message": "it was touched"}, "checking  it was touched"),
         ({"state": "PENDING", "reason": "why", "done": 1, "total": 2}, "why"),
         ({"state": "COMPLETED"}, ""),
     ],

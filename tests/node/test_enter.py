@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from hpc.core import rundir
+from hpc.core import imagelock, rundir
+from hpc.core.digest import sha256
 from hpc.core.rundir import AttemptDir, StageDir
 from hpc.node.enter import Job, alive, process_start
+from hpc.node.inplace import InPlace
 from hpc.node.launch import Launch
 
 LISTEN = """
@@ -448,3 +450,27 @@ def test_signal_that_comes_while_the_end_is_written_changes_nothing(node: Node) 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
     assert node.outcome["state"] == "COMPLETED"
+
+
+# ---- the image
+
+
+def test_image_that_changed_since_it_was_planned_with_never_runs(node: Node, tmp_path: Path) -> None:
+    image = tmp_path / "train.sif"
+    image.write_bytes(b"an image")
+    planned = InPlace(path=str(image), sha256=sha256(image), stat=imagelock.look(image))
+    image.write_bytes(b"an imagE")
+    assert node.run(node.job("print('it ran')", image=planned)) == 6
+    assert (node.outcome["state"], node.outcome["exit_code"]) == ("FAILED", 6)
+    assert planned.sha256 in node.outcome["cause"]
+    assert sha256(image) in node.outcome["cause"]
+    assert not node.attempt.launch.exists()
+    assert node.phases == ["starting", "checking", "failed"]
+
+
+def test_image_that_is_what_was_planned_with_runs(node: Node, tmp_path: Path) -> None:
+    image = tmp_path / "train.sif"
+    image.write_bytes(b"an image")
+    planned = InPlace(path=str(image), sha256=sha256(image), stat=imagelock.look(image))
+    assert node.run(node.job("print('it ran')", image=planned)) == 0
+    assert "checking" not in node.phases

@@ -56,24 +56,7 @@ def called(calls: Path) -> list[tuple[list[str], dict[str, str]]]:
 # ---- the program
 
 
-def test_apptainer_is_found_before_singularity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for name in ("singularity", "apptainer"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-        assert images.find() == str(tmp_path / name)
-    assert images.find(str(tmp_path / "singularity")) == str(tmp_path / "singularity")
-
-
-def test_without_apptainer_the_venv_is_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeUnavailable, match="not on this machine") as caught:
-        images.find()
-    assert "--as venv" in caught.value.hint
-
-
 def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("spython")
     found = json.dumps({"data": {"attributes": {"labels": {"org.hpc.torch": "2"}}}})
     apptainer = fake(f"print({found!r} if 'inspect' in words else 'apptainer version 9')")
     monkeypatch.setenv("PATH", "/usr/bin/nothing")
@@ -83,7 +66,6 @@ def test_spython_works_where_the_program_is_called_apptainer_alone(fake: Fake, m
 
 
 def test_labels_of_a_file_that_is_no_image_are_an_error(fake: Fake) -> None:
-    pytest.importorskip("spython")
     with pytest.raises(HpcError, match="cannot be read as an image"):
         fake("sys.exit(255 if 'inspect' in words else 0)").labels(Path("x.sif"))
 
@@ -94,7 +76,7 @@ def test_labels_of_a_file_that_is_no_image_are_an_error(fake: Fake) -> None:
 def test_a_recipe_is_built_with_its_arguments_and_zstd_on_the_chosen_disk(
     fake: Fake, calls: Path, tmp_path: Path
 ) -> None:
-    fake(MAKES).build(tmp_path / "train.def", tmp_path / "part.sif", {"base": "/b.sif", "wheels": "/w"})
+    fake(MAKES).build(tmp_path / "train.def", tmp_path / "part.sif", {"base": "/b.sif", "wheels": "/w"}, {}, None)
     ((words, env),) = called(calls)
     assert words[:2] == ["build", "--force"]
     assert "-comp zstd -Xcompression-level 3" in words
@@ -141,7 +123,8 @@ def test_an_exit_code_of_0_without_a_file_is_a_failure(fake: Fake, tmp_path: Pat
         ("FATAL:   While performing build: dial tcp: lookup h.io: no such host", RuntimeUnavailable, "h.io cannot be"),
         ("FATAL:   Unable to handle library: remote has no library client", RuntimeUnavailable, "no image library"),
         ("FATAL:   reading manifest: unauthorized: authentication required", UsageError, "login"),
-        ("FATAL:   reading manifest 9.9 in h.io/i: manifest unknown", UsageError, "has no"),
+        ("FATAL:   reading manifest 9.9 in h.io/i: manifest unknown", UsageError, "h.io does not have"),
+        ("FATAL:   conveyor failed: could not parse reference: h.io/i@foo", UsageError, "no address .*h.io/i@foo"),
         ("FATAL:   write /x: no space left on device", HpcError, "no room"),
         ("+ pip install\nE: it broke\nFATAL:   While performing build: exit status 1", HpcError, "E: it broke"),
     ],
@@ -152,6 +135,14 @@ def test_a_failure_is_explained(fake: Fake, tmp_path: Path, printed: str, kind: 
         apptainer.pull("docker://h.io/i:9.9", tmp_path / "part.sif", {}, None)
     assert type(caught.value) is kind
     assert caught.value.hint
+
+
+def test_a_recipes_registry_out_of_reach_is_named_and_the_image_is_to_be_brought(fake: Fake, tmp_path: Path) -> None:
+    said = 'FATAL:   conveyor failed to get: Get "https://h.io/v2/": dial tcp: lookup h.io on 1.1.1.1:53: no such host'
+    apptainer = fake(f"print({said!r}, file=sys.stderr); sys.exit(255)")
+    with pytest.raises(RuntimeUnavailable, match=r"^h\.io cannot be reached") as caught:
+        apptainer.build(tmp_path / "mine.def", tmp_path / "part.sif", {}, {}, None)
+    assert "hpc images pull mine mine.sif" in caught.value.hint
 
 
 def test_progress_is_the_last_line_and_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

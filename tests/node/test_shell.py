@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from hpc.core import imagelock, rundir
+from hpc.core.digest import sha256
+from hpc.core.rundir import StageDir
 from hpc.node import shell
 from hpc.node.launch import PASSES, Bind, Launch, container, process_env, venv, without_secrets
 
@@ -120,3 +123,26 @@ def test_warning_before_the_time_limit_ends_neither_shell_nor_program(stage: Pat
     time.sleep(0.2)
     assert process.communicate("still here\n", timeout=10)[0] == "still here\n"
     assert process.returncode == 0
+
+
+def test_image_that_has_become_another_one_is_not_entered(tmp_path: Path) -> None:
+    image = tmp_path / "x.sif"
+    image.write_bytes(b"an image")
+    stage = StageDir(tmp_path / "r-1" / "train")
+    stage.attempt(1).path.mkdir(parents=True)
+    planned = {"path": str(image), "digest": sha256(image), "stat": imagelock.look(image)}
+    rundir.write_json(stage.config, {"environment": planned})
+    # in place of Apptainer a program that only says that it was started
+    rundir.write_json(stage.attempt(1).launch, {"argv": ["/bin/echo", "exec", str(image), *INNER], "env": {}})
+
+    def enter() -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "hpc.node.shell", str(stage.path), "1", "true"]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+
+    assert enter().returncode == 0
+    image.write_bytes(b"an imagE")
+    done = enter()
+    assert done.returncode == 6
+    assert planned["digest"] in done.stderr
+    assert sha256(image) in done.stderr
+    assert done.stdout == ""

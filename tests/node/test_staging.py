@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,23 +77,55 @@ def test_truncated_source_is_refused(source: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_source_replaced_during_the_copy_is_refused_or_whole(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = wish(source, tmp_path)
+def overwrite(source: Path) -> None:
+    with open(source, "r+b") as file:  # in place: the worst case
+        file.seek(SIZE - 10)
+        file.write(b"tampered!!")
+
+
+def cut(source: Path) -> None:
+    os.truncate(source, SIZE - 10)
+
+
+def replace_by_rename(source: Path) -> None:
+    other = source.with_name("other")
+    other.write_bytes(os.urandom(SIZE))
+    os.replace(other, source)
+
+
+def in_the_middle(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+    """Have it happen when a part of the source has been read."""
     real, calls = os.readv, []
 
     def readv(descriptor: int, buffers: list[memoryview]) -> int:
         calls.append(descriptor)
         if len(calls) == 2:
-            with open(source, "r+b") as file:  # in place: the worst case
-                file.seek(SIZE - 10)
-                file.write(b"tampered!!")
+            change()
         return real(descriptor, buffers)
 
     monkeypatch.setattr(staging.os, "readv", readv)
-    with pytest.raises(VerificationFailed), staged(asked):
+
+
+@pytest.mark.parametrize("change", [overwrite, cut])
+def test_source_that_changes_during_the_copy_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    asked = wish(source, tmp_path)
+    in_the_middle(monkeypatch, lambda: change(source))
+    with pytest.raises(VerificationFailed) as refused, staged(asked):
         pass
+    assert asked.sha256 in refused.value.message
+    assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
+
+
+def test_source_that_another_file_replaces_during_the_copy_is_the_one_that_was_planned_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wish(source, tmp_path)
+    in_the_middle(monkeypatch, lambda: replace_by_rename(source))
+    with staged(asked) as path:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == asked.sha256
+    assert hashlib.sha256(source.read_bytes()).hexdigest() != asked.sha256
 
 
 @pytest.mark.parametrize("damage", ["truncate", "overwrite", "replace"])
@@ -116,7 +149,7 @@ def test_damaged_copy_is_noticed_and_made_again(source: Path, tmp_path: Path, da
 
 def _stage(asked: Staging, started: object, told: object) -> None:
     def tell(done: int, total: int, rate: float) -> None:
-        told.put(os.getpid())  # type: ignore[attr-defined]
+        told.put((os.getpid(), total))  # type: ignore[attr-defined]
 
     started.wait()  # type: ignore[attr-defined]
     with staged(asked, tell):
@@ -136,7 +169,8 @@ def test_eight_at_once_make_one_copy(source: Path, tmp_path: Path) -> None:
         assert worker.exitcode == 0
     copied = set()
     while not told.empty():
-        copied.add(told.get())
+        pid, total = told.get()
+        copied |= {pid} if total else set()
     assert len(copied) == 1
     assert hashlib.sha256(Path(asked.target).read_bytes()).hexdigest() == asked.sha256
 
@@ -162,6 +196,42 @@ def test_kill_in_the_middle_frees_the_lock_and_leaves_no_half_image(source: Path
     assert not path.with_suffix(".part").exists()
 
 
+def _stops_in_the_middle(asked: Staging) -> None:
+    with staged(asked, lambda done, total, rate: signal.pause()):
+        pass
+
+
+def test_who_waits_for_a_copy_makes_it_when_its_maker_is_killed(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+    context = multiprocessing.get_context("fork")
+    started, told = context.Event(), context.Queue()
+    started.set()
+    maker = context.Process(target=_stops_in_the_middle, args=(asked,))
+    waiter = context.Process(target=_stage, args=(asked, started, told))
+    part = Path(asked.target).with_suffix(".part")
+    try:
+        maker.start()
+        deadline = time.monotonic() + 30
+        while not part.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        waiter.start()
+        assert told.get(timeout=10) == (waiter.pid, 0), "it tells that it waits"
+        waiter.join(0.3)
+        assert waiter.is_alive(), "it must wait while the maker lives"
+        maker.kill()
+        assert told.get(timeout=10) == (waiter.pid, SIZE)
+        waiter.join(30)
+        assert waiter.exitcode == 0
+    finally:
+        for process in (maker, waiter):
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    assert hashlib.sha256(Path(asked.target).read_bytes()).hexdigest() == asked.sha256
+    assert not part.exists()
+
+
 def test_full_disk_is_said_and_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = wish(source, tmp_path)
     monkeypatch.setattr(staging, "_free", lambda folder: SIZE - 1)
@@ -175,6 +245,17 @@ def test_full_disk_is_said_and_leaves_nothing(source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(staging, "_copy_hashed", full)
     with pytest.raises(HpcError, match=r"no room for train\.sif"), staged(asked):
+        pass
+    assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
+
+
+def test_interrupted_copy_leaves_nothing_half_made(source: Path, tmp_path: Path) -> None:
+    asked = wish(source, tmp_path)
+
+    def leave(done: int, total: int, rate: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), staged(asked, leave):
         pass
     assert [p.suffix for p in Path(asked.target).parent.iterdir()] == [".lock"]
 

@@ -1,0 +1,27 @@
+"""Single checks of `hpc doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc.login import doctor
+
+
+@pytest.mark.parametrize(
+    ("scope", "verdict"), [(None, "ok"), ("0", "ok"), ("1", "ok"), ("2", "warning"), ("3", "warning")]
+)
+def test_whether_fuse_helpers_can_be_shielded_is_yamas_word(
+    scope: str | None, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "ptrace_scope"
+    monkeypatch.setattr(doctor, "_PTRACE", file)
+    if scope is not None:
+        file.write_text(f"{scope}\n")
+    found = doctor._tracing()
+    assert found.verdict == verdict
+    assert bool(found.hint) == (verdict != "ok")
+    if verdict == "warning":
+        assert f"ptrace_scope is {scope} here" in found.found
+        assert "ptrace_scope = 1 on the nodes" in found.hint
