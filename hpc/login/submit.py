@@ -101,6 +101,11 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
     everything = list(runs.runs())
     found = _same(plan, everything, code)
     run = found or runs.next(target)
+    if ":" in str(run.path):  # PYTHONPATH is how the jobs find the run's code, and a colon parts its folders
+        raise UsageError(
+            f"the jobs cannot be given the run folder {run.path}: there is a colon in its name",
+            hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder without one",
+        )
     standing = _standing(run, plan, everything, scheduler) if found else {}
     reused = {
         name: folder

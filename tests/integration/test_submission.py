@@ -96,6 +96,28 @@ def test_environment_arrives_unchanged_and_nothing_else_leaks(project: Project) 
     assert "hf_secret" not in project.cluster.run("alice", "scontrol", "show", "job", "-d", job).stdout
 
 
+def test_odd_places_and_an_odd_host_change_nothing(project: Project, workdir: Path, probes: list[str]) -> None:
+    """Blanks, commas, quotes and Korean in every path, a colon in what is bound; a host that is full of traps."""
+    odd = Project(project.cluster, workdir / "한글 a,b \"c\" 'd' $(id)", project.venv)
+    for name in ("hpc.toml", "sites/slurm-test.toml"):
+        odd.write(name, (project.folder / name).read_text())
+    odd.write("bound 나/x:y/file", "seen")
+    site = odd.folder / "sites" / "slurm-test.toml"
+    bound = json.dumps(str(odd.folder / "bound 나"), ensure_ascii=False)
+    setup = "setup = ['export PYTHONHOME=/nowhere VIRTUAL_ENV=/nowhere XDG_RUNTIME_DIR=/nowhere HOME=$PWD/home']"
+    site.write_text(f"{site.read_text()}binds = [{bound}]\n{setup}\n")
+    odd.write("home/.local/lib/python3.11/site-packages/trap.py", "")
+    odd.hpc("submit", "first", "--wait", "--set", "first.env=yes")
+    run = odd.states()["first"]["run"]
+    seen = json.loads((odd.folder / "runs" / run / "first" / "manifest.json").read_text())["metrics"]["env"]
+    assert not {"PYTHONHOME", "VIRTUAL_ENV", "XDG_RUNTIME_DIR"} & seen.keys()
+    assert seen["PYTHONNOUSERSITE"] == "1"
+    for cache in ("HF_HOME", "XDG_CACHE_HOME"):
+        assert seen[cache].startswith(str(odd.folder / "runs" / ".cache"))
+    shown = odd.hpc("submit", "second", "--dry-run").stdout
+    assert str(odd.folder / "bound 나") in shown
+
+
 def wrapped_sbatch(project: Project, body: str) -> dict[str, str]:
     """An environment in which `sbatch` is a script around the real one."""
     script = project.write("bin/sbatch", f"#!/bin/bash\n{body}\n")

@@ -372,7 +372,10 @@ def test_project_with_blanks_and_korean_letters_in_its_path(tmp_path: Path, pack
         made.end()
 
 
-@pytest.mark.parametrize(("runs", "said"), [("hpc.toml", "not a directory"), ("/proc/none", "cannot be written")])
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [("hpc.toml", "not a directory"), ("/proc/none", "cannot be written"), ("a:b", "a colon in its name")],
+)
 def test_runs_folder_that_cannot_be_written_is_2(local: Local, runs: str, said: str) -> None:
     done = local.hpc("submit", "first", code=2, env={"HPC_RUNS": runs})
     assert said in done.stderr
