@@ -56,7 +56,15 @@ integration() {  # its fixtures bring up the cluster and build the images
         broken integration "no Apptainer"
         return
     fi
-    ring integration .venvs/hpc/bin/python -m integration tests/integration
+    local was_up=yes
+    if [ "$(id -u)" = 0 ]; then
+        tests/cluster/cluster.sh status >/dev/null 2>&1 || was_up=no
+        tests/cluster/cluster.sh up || { broken integration "no cluster"; return; }
+    fi
+    # most of the time a test waits for Slurm: two at once, each file by one worker
+    ring integration .venvs/hpc/bin/python -n 2 --dist loadfile -m "integration and not alone" tests/integration
+    ring "integration, alone" .venvs/hpc/bin/python -m "integration and alone" tests/integration
+    [ "$was_up" = yes ] || tests/cluster/cluster.sh down
 }
 
 log=$(mktemp)

@@ -49,9 +49,9 @@ _skipped = pytest.StashKey[bool]()
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """The cluster, up. It stays up afterwards if it was up before."""
+    """The cluster, up. It stays up afterwards if it was up before, and where other workers use it."""
     it = Cluster()
-    was_up = it.is_up()
+    was_up = it.is_up() or "PYTEST_XDIST_WORKER" in os.environ
     it.up()
     yield it
     if not was_up:
@@ -85,8 +85,8 @@ def serve_cpu_sif(cluster: Cluster, hpc_install: Path) -> Path:
 @pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
-    """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
-    venv = Path(os.environ.get("HPC_TEST_VENV", cluster.dir / "hpc-venv"))  # several checkouts are tested at once
+    # HPC_TEST_VENV: several checkouts are tested at once; each worker has a venv, since tests add stages to it
+    venv = Path(os.environ.get("HPC_TEST_VENV", f"{cluster.dir}/hpc-venv") + os.environ.get("PYTEST_XDIST_WORKER", ""))
     pip = (venv / "bin" / "python", "-m", "pip", "-q")
     wheels = tmp_path_factory.mktemp("wheel")
 

@@ -95,6 +95,7 @@ def test_a_rejected_pipeline_leaves_no_run_behind(project: Project) -> None:
     assert not list((project.folder / "runs").glob("pipeline-*"))
 
 
+@pytest.mark.alone
 def test_slurmctld_down(project: Project) -> None:
     project.hpc("submit", "first", "--wait")
     project.cluster.stop("slurmctld")

@@ -74,6 +74,7 @@ def test_bob_cannot_read_what_is_alices(cluster: Cluster, workdir: Path) -> None
     assert refused.stdout == ""
 
 
+@pytest.mark.alone
 def test_a_stopped_controller_is_noticed_and_comes_back(cluster: Cluster) -> None:
     cluster.stop("slurmctld")
     try:
@@ -83,6 +84,7 @@ def test_a_stopped_controller_is_noticed_and_comes_back(cluster: Cluster) -> Non
     assert "UP" in cluster.run("alice", "scontrol", "ping").stdout
 
 
+@pytest.mark.alone
 def test_a_frozen_daemon_hangs_until_it_is_thawed(cluster: Cluster) -> None:
     cluster.freeze("slurmctld")
     try:

@@ -11,6 +11,8 @@ from .cluster import Cluster
 from .project import Project
 from .test_states import ended, submit
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(autouse=True, scope="module")
 def no_accounting(cluster: Cluster) -> Iterator[None]:

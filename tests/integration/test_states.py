@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .project import Project
 
 
@@ -123,6 +125,7 @@ def test_another_users_jobs_are_not_shown(project: Project) -> None:
     project.hpc("cancel", run)
 
 
+@pytest.mark.alone
 def test_status_without_accounting_comes_from_the_run_folder(project: Project) -> None:
     run = submit(project, "pipeline", "--set", "second.exit_code=1")
     project.cluster.stop("slurmdbd")
