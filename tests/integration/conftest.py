@@ -19,6 +19,7 @@ from .project import SITE, Project, jobs
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
+SELENIUM = "selenium==4.51.0"
 NO_ROOT = "INTEGRATION TESTS NOT RUN: the test cluster needs root (namespaces, slurmd, users)"
 
 
@@ -134,6 +135,24 @@ def project(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path, 
     left = jobs(made, "%i")
     if left:
         cluster.run("alice", "scancel", *left)
+
+
+@pytest.fixture(scope="session")
+def browser(cluster: Cluster) -> Path:
+    """A python with selenium, for tests/support/browser.py; Chromium and its driver are installed."""
+    packages = ("chromium", "chromium-driver")
+    known = subprocess.run(["dpkg-query", "-W", *packages], check=False, capture_output=True)
+    if known.returncode:
+        apt = ["apt-get", "-qqy", "install", "--no-install-recommends", *packages]
+        done = subprocess.run(apt, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    venv = cluster.dir / "browser-venv"
+    if not (venv / "bin" / "selenium-is-there").exists():
+        for argv in (["/usr/bin/python3", "-m", "venv", venv], [venv / "bin" / "pip", "-q", "install", SELENIUM]):
+            done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+            assert done.returncode == 0, done.stdout + done.stderr
+        (venv / "bin" / "selenium-is-there").touch()
+    return venv / "bin" / "python"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,86 @@
+"""The way of a person: submit, tunnel, browser, a cell. Slurm, ssh, JupyterLab and Chromium are real."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .cluster import Cluster
+from .conftest import CHECKOUT
+from .project import SITE, Project
+from .test_service import http
+from .test_states import ended
+
+SSH = ("-F", "/tmp/hpc-cluster/ssh/config")
+
+
+@pytest.fixture
+def jupyter(cluster: Cluster, workdir: Path, hpc_install: Path, lab_sif: Path) -> Iterator[Project]:
+    """A project of alice's whose JupyterLab runs."""
+    made = Project(cluster, workdir, hpc_install)
+    made.write("sites/slurm-test.toml", SITE.format(images=lab_sif.parent) + 'login_host = "login"\n')
+    made.write(
+        "hpc.toml", 'site = "slurm-test"\n[jupyter]\ngpus = 1\n[jupyter.resources]\ncpus_per_task = 1\nmem_gb = 2\n'
+    )
+    made.hpc("submit", "jupyter", "--wait", timeout=180)
+    yield made
+    made.hpc("cancel", "jupyter")
+    made.until(ended("jupyter"))
+
+
+@pytest.fixture
+def tunnel(jupyter: Project) -> Iterator[dict[str, Any]]:
+    """What `hpc tunnel` says, and its first step done on the laptop."""
+    document = jupyter.json("tunnel", "jupyter")
+    words = shlex.split(document["command"])
+    assert words[:2] == ["ssh", "-N"]
+    process = jupyter.cluster.popen("alice", "ssh", *SSH, *words[1:], node="laptop")
+    time.sleep(1)
+    assert process.poll() is None
+    yield document
+    process.terminate()
+    process.wait()
+
+
+def test_a_cell_runs_in_the_browser_of_the_laptop(
+    jupyter: Project, tunnel: dict[str, Any], browser: Path, workdir: Path
+) -> None:
+    picture = workdir / "picture.png"
+    program = shutil.copy(CHECKOUT / "tests" / "support" / "browser.py", workdir)
+    shown = jupyter.cluster.run(
+        "alice", str(browser), str(program), tunnel["url"], str(picture), node="laptop", timeout=120
+    )
+    assert shown.stdout.strip() == "six times seven is 42"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    shutil.copy(picture, "/tmp/hpc-cluster/jupyter.png")  # for the docs
+
+
+def test_nobody_else_gets_in(jupyter: Project, tunnel: dict[str, Any]) -> None:
+    """Another user of the node: no answer without the token, no port of a kernel, no file, no argument with it."""
+    node, port, token = tunnel["node"], tunnel["ports"]["http"], tunnel["token"]
+    cluster = jupyter.cluster
+    kernels = f"http://{node}:{port}/api/kernels"
+    started = cluster.run(
+        "alice", "curl", "-s", "-X", "POST", "-K", "-", "-d", "{}", kernels,
+        input=f'header = "Authorization: Bearer {token}"\n',
+    )  # fmt: skip
+    assert json.loads(started.stdout)["name"] == "python3"
+    for place in (node, "login"):
+        for path in ("/api/kernels", "/api/contents", "/api/terminals"):
+            assert http(jupyter, f"http://{node}:{port}{path}", user="bob", node=place) == "403"
+    assert token not in cluster.run("bob", "ps", "-eww", "-o", "args", node=node).stdout
+    sockets = subprocess.run(
+        ["find", "/tmp", "-maxdepth", "1", "-name", "hpc-jupyter-*"], capture_output=True, text=True
+    )
+    (runtime,) = sockets.stdout.split()
+    assert cluster.run("bob", "ls", runtime, node=node, check=False).returncode != 0
+    files = [p for p in jupyter.folder.rglob("*") if p.is_file() and p.name != "token"]
+    assert not [p for p in files if token.encode() in p.read_bytes()]

@@ -1,0 +1,50 @@
+"""A headless Chromium that does what a person does in JupyterLab: browser.py URL PICTURE; prints what a cell printed.
+
+A program of its own: it runs on the laptop of the test cluster, in an environment with selenium.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support import expected_conditions as seen
+from selenium.webdriver.support.ui import WebDriverWait
+
+CELL = "print('six times seven is', 6 * 7)"
+
+
+def main(url: str, picture: str) -> None:
+    options = webdriver.ChromeOptions()
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,800",
+    ):
+        options.add_argument(word)
+    options.binary_location = "/usr/bin/chromium"
+    service = webdriver.ChromeService("/usr/bin/chromedriver")
+    with webdriver.Chrome(options=options, service=service) as browser:
+        wait = WebDriverWait(browser, 60)
+        browser.get(url)
+        card = (By.CSS_SELECTOR, ".jp-LauncherCard[data-category='Notebook']")
+        wait.until(seen.element_to_be_clickable(card)).click()
+        cell = wait.until(seen.element_to_be_clickable((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))
+        time.sleep(1)
+        cell.click()
+        ActionChains(browser).send_keys(CELL).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        output = (By.CSS_SELECTOR, ".jp-OutputArea-output pre")
+        print(wait.until(seen.visibility_of_element_located(output)).text)
+        time.sleep(1)
+        Path(picture).write_bytes(browser.get_screenshot_as_png())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
