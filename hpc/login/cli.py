@@ -107,6 +107,7 @@ COMMANDS = {
     "status": "where my runs stand, finished ones too",
     "logs": "what a stage printed",
     "cancel": "end a run's jobs, or one stage's",
+    "tunnel": "reach a service from a laptop: waits until it answers, then prints the two steps",
     "top": "how much my running stages use their GPUs, live",
     "shell": "a shell, or one program, beside a running stage: on its node, in its container",
     "images": "the images that stages run in: make, fetch, sign and verify them",
@@ -145,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
         made[name].add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
     made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
     made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    _tunnel(made["tunnel"])
     top_ = made["top"]
     top_.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: all of mine")
     top_.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two samples (2)")
@@ -156,6 +158,24 @@ def parser() -> argparse.ArgumentParser:
     made["doctor"].add_argument("--site", metavar="NAME", help="the site profile to check")
     _images(made["images"])
     return top
+
+
+def _tunnel(tunnel: argparse.ArgumentParser) -> None:
+    tunnel.add_argument(
+        "target", nargs="?", metavar="RUN|STAGE|RUN/STAGE", help="default: the latest service that is at work"
+    )
+    tunnel.add_argument(
+        "--login", metavar="NAME", help="the name to log in with (default: HPC_LOGIN, else asked for); never stored"
+    )
+    tunnel.add_argument(
+        "--host", metavar="HOST", help="the login node as the laptop knows it (default: the site's login_host)"
+    )
+    tunnel.add_argument(
+        "--local-port", type=int, metavar="N", help="the laptop's port (default: 9999; of several, 18000)"
+    )
+    tunnel.add_argument("--no-wait", action="store_true", help="exit code 5 at once where it does not answer yet")
+    tunnel.add_argument("--explain", metavar="TEXT", help="what a message of ssh, browser or Jupyter means; -: stdin")
+    tunnel.add_argument("--stop", action="store_true", help="end what runs here for a relay; the job goes on")
 
 
 IMAGE_VERBS = {

@@ -215,6 +215,65 @@ def cancel(options: argparse.Namespace) -> int:
     return 0
 
 
+def tunnel(options: argparse.Namespace) -> int:
+    from hpc.core.errors import NotReady
+    from hpc.login import tunnel as tunnels
+
+    if options.explain is not None:
+        return _explain(options)
+    way = _way(options.target)
+    if options.stop:
+        return tunnels.stop(way)
+    name = tunnels.login_name(options.login, way.site, quiet=options.json)
+    try:
+        for_login = tunnels.find(way, host=options.host, first=options.local_port, wait=not options.no_wait)
+    except NotReady:
+        for line in way.service.last_lines():
+            print(f"  | {line}", file=sys.stderr)
+        raise
+    found = for_login(name or tunnels.me())
+    kept = tunnels.keep(for_login("LOGIN") if name else found)
+    if options.json:
+        _print_json("hpc.tunnel/1", **asdict(found))
+    else:
+        from hpc.login import steps
+
+        sys.stdout.write(steps.text(found, time.time()))
+        print(f"\nthe same in {kept}, for you alone{', without the login name' if name else ''}", file=sys.stderr)
+    return 0
+
+
+def _way(target: str | None) -> Any:
+    """The service that is meant, and how its site is reached."""
+    from hpc.login import tunnel as tunnels
+    from hpc.login.settings import locate, site_profile
+
+    mine = _mine()
+    run, stage = _find(target, mine) if target else (None, None)
+    chosen = mine if run is None or target == stage else [(run, _asked(run))]  # of a stage alone, any run's
+    service = tunnels.choose([(r, a) for r, a in chosen if stage is None or stage in a["keys"]], stage)
+    return tunnels.Way(service, site_profile(locate(), service.asked["site"]))
+
+
+def _explain(options: argparse.Namespace) -> int:
+    """0: the text says something that is known; 1: it does not."""
+    from hpc.login import tunnel as tunnels
+
+    text = sys.stdin.read() if options.explain == "-" else options.explain
+    try:
+        way = _way(options.target)
+    except NotFound:
+        if options.target:
+            raise
+        way = None
+    found = tunnels.explained(text, way)
+    if options.json:
+        _print_json("hpc.explain/1", **found)
+    else:
+        tunnels.tell(found)
+    return 0 if found["matches"] else 1
+
+
 def top(options: argparse.Namespace) -> int:
     from hpc.login import top as gpus
 

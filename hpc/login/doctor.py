@@ -46,6 +46,7 @@ def examine(site: str | None = None) -> list[Check]:
         _runs(settings),
         *_scheduler(settings),
         *_environments(settings),
+        *_reach(settings),
     ]
 
 
@@ -139,6 +140,35 @@ def _tracing() -> Check:
         " shielded, and a stage that is warned of its end may lose its image before it has saved",
         hint="ask the administrators for kernel.yama.ptrace_scope = 1 on the nodes, or a setuid Apptainer,"
         " which needs no helper",
+    )
+
+
+def _reach(settings: Settings) -> Iterator[Check]:
+    """Which ways lead to a service on a node, tried with one of the user's that runs."""
+    from hpc.core.rundir import RunsDir
+    from hpc.login import tunnel, ways
+
+    if settings.site.scheduler == "local":
+        return
+    mine = [(run, asked) for run, asked in RunsDir(settings.project.runs).runs() if asked["uid"] == os.getuid()]
+    wanted = settings.site.reach
+    try:
+        way = tunnel.Way(tunnel.choose([m for m in mine if m[1]["site"] == settings.site.name], None), settings.site)
+        found = way.service.announced()
+    except HpcError:
+        found = None
+    if found is None:
+        hint = "while a service of yours runs, `hpc doctor` tries direct, jump and relay"
+        yield Check(what="reach", verdict="ok", found=f"{wanted}; not tried", hint=hint)
+        return
+    results = ways.tried(way, *found)
+    working = [name for name, answer in results.items() if answer.ok]
+    said = "; ".join(f"{name}: {'works' if a.ok else f'no: {a.said}'}" for name, a in results.items())
+    fits = wanted in working
+    other = f"set reach = '{working[0]}' in the site profile" if working else "see what each of them says"
+    hint = "" if fits else f"{other}, and submit the service again"
+    yield Check(
+        what="reach", verdict="ok" if fits else "warning", found=f"{wanted}, with {way.service.what}: {said}", hint=hint
     )
 
 

@@ -102,6 +102,13 @@ def load(
     return Settings(project=project, site=chosen, wishes=wishes, origins=origins)
 
 
+def site_profile(project: Project, name: str, env: Mapping[str, str] = os.environ) -> Site:
+    """One site alone: what a run was submitted to may be asked for while the project's other settings are wrong."""
+    tables = {k: v for k, v in project.tables.items() if isinstance(v, Mapping)}
+    layers = [Layer(str(project.file or FILE), tables), Layer("environment", environment(env))]
+    return _site(name, project.root, layers, {})
+
+
 def assignment(text: str) -> dict[str, Any]:
     """`a.b=c` of --set as a nested table; the value is TOML where it can be read so, else text.
 
