@@ -60,7 +60,10 @@ def read(folder: StageDir) -> Endpoint | None:
     return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
 
 
-def clear(folder: StageDir) -> None:
-    """Nobody is led there any more."""
+def clear(folder: StageDir, job_id: str | None = None) -> None:
+    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile."""
+    found = read(folder)
+    if job_id is not None and found is not None and found.job_id != job_id:
+        return
     for path in (folder.endpoint, folder.token):
         path.unlink(missing_ok=True)

@@ -73,10 +73,10 @@ def serve(ctx: Context, server: Server) -> None:
                 ctx.event("ready", ports=dict(ports))
             while not asked.end and process.poll() is None:
                 time.sleep(_LOOK_S)
-            endpoints.clear(folder)
+            endpoints.clear(folder, _job())
             code = _end(process, server.grace_s) if process.poll() is None else process.returncode
     finally:
-        endpoints.clear(folder)
+        endpoints.clear(folder, _job())
     if code and not asked.end:
         raise HpcError(
             f"the service ended by itself: {_how(code)}", hint="its last lines are in the log: `hpc logs` shows them"
@@ -212,10 +212,14 @@ def _endpoint(ctx: Context, server: Server, ports: Mapping[str, int], pid: int) 
         ports=ports,
         path=server.path,
         health=server.health,
-        job_id=os.environ.get("SLURM_JOB_ID", ""),
+        job_id=_job(),
         pid=pid,
         ready=time.time(),
     )
+
+
+def _job() -> str:
+    return os.environ.get("SLURM_JOB_ID", "")
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> int:

@@ -59,7 +59,7 @@ class Work:
             return f"done in {self.submission.reused[placed.name].path.parent.name}"
         if state is not None and state.state == "COMPLETED" and placed.name not in self.submission.services:
             return "done"
-        if state is not None and state.active:
+        if state is not None and state.active and placed not in self.submission.todo:
             return f"{state.state} as job {state.job_id}"
         return "submit" if placed.attempt == 1 else f"submit again (attempt {placed.attempt})"
 

@@ -52,7 +52,8 @@ class Submission:
 
     def _stands(self, name: str) -> bool:
         state = self.standing.get(name)
-        return state is not None and (state.active or self._done(name))
+        ending = state is not None and state.state == "COMPLETING" and name in self.services
+        return state is not None and not ending and (state.active or self._done(name))
 
     def dependency(self, placed: Placed, ids: Mapping[str, str]) -> str | None:
         """Slurm's --dependency for the stages that it waits for; @STAGE stands for an id that isn't known yet."""

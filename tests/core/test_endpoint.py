@@ -25,6 +25,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_that_ends_leaves_what_a_later_one_announced(tmp_path: Path) -> None:
+    folder = StageDir(tmp_path)
+    endpoint.write(folder, ONE, "secret")
+    endpoint.clear(folder, "6")
+    assert endpoint.read(folder) == ONE
+    endpoint.clear(folder, "7")
+    assert endpoint.read(folder) is None
+
+
 def test_first_port_is_the_one_to_open() -> None:
     assert (ONE.port, ONE.address) == (9250, "dgx06:9250")
 
