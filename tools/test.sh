@@ -26,7 +26,7 @@ ring() {  # NAME PYTHON WORDS...   one run of pytest
 note() { ends+=("$(printf '%-20s%s (%s)' "$1" "$2" "$3")"); }
 broken() { failed=1; note "$1" "NOT RUN" "FAILED: $2"; }
 
-light() { ring light .venvs/hpc/bin/python -W error -m "not train and not integration"; }
+light() { ring light .venvs/hpc/bin/python -n 2 -W error -m "not train and not integration"; }
 
 pythons() {
     local minor found
@@ -37,7 +37,7 @@ pythons() {
             continue
         fi
         if "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable .; then
-            ring "light, Python $minor" ".venvs/py$minor/bin/python" -W error -m "not train and not integration"
+            ring "light, Python $minor" ".venvs/py$minor/bin/python" -n 2 -W error -m "not train and not integration"
         else
             broken "light, Python $minor" "no environment"
         fi

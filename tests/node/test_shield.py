@@ -131,9 +131,11 @@ def test_container_that_ends_at_once_is_no_trouble() -> None:
 
 
 def test_threads_of_the_shield_take_no_signal(container: Container) -> None:
+    before = set(Path("/proc/self/task").iterdir())
     with shield.shielded(container.process.pid):
         until(container.tracer, "a tracer")
-        for task in Path("/proc/self/task").iterdir():
-            if task.name != str(os.getpid()):
-                blocked = int((task / "status").read_text().partition("SigBlk:")[2].split()[0], 16)
-                assert blocked >> (signal.SIGUSR2 - 1) & 1
+        threads = set(Path("/proc/self/task").iterdir()) - before
+        assert threads
+        for task in threads:
+            blocked = int((task / "status").read_text().partition("SigBlk:")[2].split()[0], 16)
+            assert blocked >> (signal.SIGUSR2 - 1) & 1
