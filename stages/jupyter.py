@@ -32,11 +32,13 @@ def run(config: JupyterConfig, ctx: Context) -> None:
     import sys
     import tempfile
     from pathlib import Path
+    from urllib.parse import quote
 
     from hpc.core.assets import TEMPLATES
     from hpc.inside.service import Server, fill, serve
 
     workspace = Path(config.workspace)
+    opened = f"/lab/tree/{quote(config.open)}" if config.open else "/lab"
     own = workspace / ".jupyter"
     own.mkdir(mode=0o700, exist_ok=True)
     page = own / "labconfig" / "page_config.json"
@@ -53,7 +55,7 @@ def run(config: JupyterConfig, ctx: Context) -> None:
                 sys.executable, "-m", "jupyterlab", "--no-browser",
                 f"--ServerApp.ip={ctx.bind}", f"--ServerApp.port={ports['http']}", "--ServerApp.port_retries=0",
                 f"--ServerApp.root_dir={workspace}", "--ServerApp.allow_remote_access=True",
-                f"--LabApp.default_url=/lab/tree/{config.open}" if config.open else "--LabApp.default_url=/lab",
+                f"--LabApp.default_url={opened}",
                 "--KernelManager.transport=ipc",  # else every user of the node could talk to the kernels' ports
                 f"--ServerApp.shutdown_no_activity_timeout={config.idle_min * 60}",
                 f"--MappingKernelManager.cull_idle_timeout={config.idle_min * 60}",
@@ -70,11 +72,12 @@ def run(config: JupyterConfig, ctx: Context) -> None:
                 "JUPYTER_DATA_DIR": str(own / "data"),
                 "IPYTHONDIR": str(own / "ipython"),
                 "HOME": str(workspace),
+                "HPC_CACHE": str(ctx.cache),  # for hpc.inside.lab: what the runs have made once is not made again
                 "SHELL": os.environ.get("SHELL", "/bin/bash"),
             }
 
         serve(ctx, Server(
-            argv=argv, env=env, health="/api/status", path="/lab", wish=config.port, ready_s=config.ready_s,
+            argv=argv, env=env, health="/api/status", path=opened, wish=config.port, ready_s=config.ready_s,
             cwd=workspace,
         ))  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
@@ -67,6 +68,23 @@ class Planned:
     def needs(self) -> tuple[str, ...]:
         """The stages of this plan that it waits for."""
         return tuple(dict.fromkeys(s.stage for s in self.sources if s.stage is not None))
+
+    def document(self, *, inputs: Mapping[str, Mapping[str, Any]], out: Path, cache: Path) -> dict[str, Any]:
+        """config.json: all that the runner in the image is told; `inputs` are the sources with their paths."""
+        return {
+            "schema": "hpc.config/1",
+            "stage": self.name,
+            "key": self.key,
+            "config": configs.encode(self.config),
+            "inputs": dict(inputs),
+            "outputs": {
+                name: {"kind": artifact.kind, "path": str(out / artifact.path)}
+                for name, artifact in self.stage.outputs(self.config).items()
+            },
+            "environment": dataclasses.asdict(self.environment),
+            "resources": dataclasses.asdict(self.resources),
+            "cache": str(cache),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

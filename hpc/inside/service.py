@@ -115,7 +115,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             env={**os.environ, **server.env(token)},
             cwd=server.cwd,
-            preexec_fn=_as_a_child,
+            preexec_fn=as_a_child,
         )
         if _answers(ctx, process, server, ports, token, asked):
             return process, ports
@@ -233,7 +233,7 @@ def _end(process: subprocess.Popen[bytes], grace_s: float) -> int:
         return process.wait()
 
 
-def _as_a_child() -> None:
+def as_a_child() -> None:
     """In the child, before exec: it ends with us, and not by the warning before the time limit.
 
     Slurm sends that to every process of the job; what is ignored stays so in the children's children.

@@ -110,6 +110,8 @@ COMMANDS = {
     "tunnel": "reach a service from a laptop: waits until it answers, then prints the two steps",
     "top": "how much my running stages use their GPUs, live",
     "shell": "a shell, or one program, beside a running stage: on its node, in its container",
+    "reset": "end a stage's job and clear what a dead service left; data, notebooks and results stay",
+    "menu": "the lab by numbers, for a terminal",
     "images": "the images that stages run in: make, fetch, sign and verify them",
     "doctor": "what is there, what is missing, what to do",
 }
@@ -131,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary[:1].upper() + summary[1:] + ".", epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        if name not in {"logs", "shell"}:
+        if name not in {"logs", "shell", "menu"}:
             made[name].add_argument("--json", action="store_true", help="one JSON document on stdout")
     _what(made["plan"], nargs="?")
     _what(made["submit"], nargs=None)
@@ -155,6 +157,8 @@ def parser() -> argparse.ArgumentParser:
     shell.usage = "hpc shell [-h] [--node NAME] [RUN[/STAGE]] [-- PROGRAM ARGUMENTS]"
     shell.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
     shell.add_argument("--node", metavar="NAME", help="one of the job's nodes (default: its first)")
+    made["reset"].add_argument("target", metavar="RUN[/STAGE]|STAGE", help="a run, or the latest run of a stage")
+    made["reset"].add_argument("-y", "--yes", action="store_true", help="do not ask")
     made["doctor"].add_argument("--site", metavar="NAME", help="the site profile to check")
     _images(made["images"])
     return top

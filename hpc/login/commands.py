@@ -22,44 +22,14 @@ _LATEST = 10
 
 
 def stages(options: argparse.Namespace) -> int:
-    found = [stage_files.load(name) for name in stage_files.available()]
-    rows: list[dict[str, Any]] = [
-        {
-            "stage": s.name,
-            "consumes": {name: i.kind for name, i in s.consumes.items()},
-            "produces": produced(s),
-            "environment": s.container,
-            "summary": s.summary,
-        }
-        for s in found
-    ]
+    from hpc.login import catalogue
+
+    rows = catalogue.rows()
     if options.json:
         _print_json("hpc.stages/1", stages=rows)
-        return 0
-    view.table(
-        ("STAGE", "CONSUMES", "PRODUCES", "ENVIRONMENT", "WHAT IT DOES"),
-        [
-            (
-                r["stage"],
-                ", ".join(r["consumes"].values()) or "-",
-                ", ".join(r["produces"].values()) or "-",
-                r["environment"],
-                r["summary"],
-            )
-            for r in rows
-        ],
-    )
+    else:
+        catalogue.show(rows)
     return 0
-
-
-def produced(stage: stage_files.Stage) -> dict[str, str]:
-    """Output name -> kind, for a config with the defaults (and stand-ins for what has none)."""
-    import dataclasses
-
-    fields = dataclasses.fields(stage.config)
-    missing = dataclasses.MISSING
-    required = {f.name: "" for f in fields if f.default is missing and f.default_factory is missing}
-    return {name: artifact.kind for name, artifact in stage.outputs(stage.config(**required)).items()}
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -213,6 +183,25 @@ def cancel(options: argparse.Namespace) -> int:
     else:
         print(f"{options.target or run.id}: nothing is running or waiting", file=sys.stderr)
     return 0
+
+
+def reset(options: argparse.Namespace) -> int:
+    from hpc.login.reset import run as reset_one
+
+    mine = _mine()
+    run, stage = _find(options.target, mine)
+    # of a stage alone: in whichever run there is something to reset
+    runs = [(r, a) for r, a in mine if stage in a["keys"]] if options.target == stage else [(run, _asked(run))]
+    document = reset_one(runs, stage, options)
+    if options.json:
+        _print_json("hpc.reset/1", **document)
+    return 0
+
+
+def menu(options: argparse.Namespace) -> int:
+    from hpc.login.menu import menu as by_numbers
+
+    return by_numbers()
 
 
 def tunnel(options: argparse.Namespace) -> int:

@@ -7,11 +7,10 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.core import config as configs
 from hpc.core.plan import Environment, Plan, Planned, Source
 from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
@@ -79,21 +78,9 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
     attempt = ground.attempts.get(planned.name, 1)
     stage_dir = run.stage(planned.name)
     inputs = {s.name: _input(s, plan, ground) for s in planned.sources}
-    document = {
-        "schema": "hpc.config/1",
-        "stage": planned.name,
-        "key": planned.key,
-        "config": configs.encode(planned.config),
-        "inputs": inputs,
-        "outputs": {
-            name: {"kind": artifact.kind, "path": str(stage_dir.out / artifact.path)}
-            for name, artifact in planned.stage.outputs(planned.config).items()
-        },
-        "environment": asdict(planned.environment),
-        "resources": asdict(planned.resources),
-        "cache": str(ground.cache),
-        **({"bind": _bind(site)} if planned.stage.service else {}),
-    }
+    document = planned.document(inputs=inputs, out=stage_dir.out, cache=ground.cache)
+    if planned.stage.service:
+        document["bind"] = _bind(site)
     reads = [*planned.reads, *(i["path"] for i in inputs.values() if i["path"].startswith("/"))]
     start = _launch(planned, ground, attempt, reads)
     limit_s = planned.resources.time_min * 60

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hpc.node.shield import helpers
+from tests.support import terminal
 
 from .project import Project
 from .test_states import ended, submit
@@ -65,50 +65,16 @@ def until(wanted: Callable[[], object], what: str, timeout: float = 20) -> None:
         time.sleep(0.1)
 
 
-class Terminal:
+class Terminal(terminal.Terminal):
     """A command of alice's on a terminal of her own."""
 
     def __init__(self, project: Project, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self._own, other = pty.openpty()
-        hpc = str(project.venv / "bin" / "hpc")
-        script = "import os,sys,fcntl,termios; fcntl.ioctl(0,termios.TIOCSCTTY,0); os.execv(sys.argv[1],sys.argv[1:])"
-        self.process = project.cluster.popen(
-            "alice", "/usr/bin/python3", "-c", script, hpc, *arguments, cwd=project.folder,
-            stdin=other, stdout=other, stderr=other, env={"TERM": "xterm", **(env or {})},
+        super().__init__(
+            partial(
+                project.cluster.popen, "alice", "/usr/bin/python3", "-c", terminal.CONTROLLING,
+                str(project.venv / "bin" / "hpc"), *arguments, cwd=project.folder, env={"TERM": "xterm", **(env or {})},
+            )
         )  # fmt: skip
-        os.close(other)
-        self.text = ""
-
-    def until(self, word: str, timeout: float = 30) -> str:
-        """All that was shown until the word came; it is not looked at again."""
-        deadline = time.monotonic() + timeout
-        while word not in self.text:
-            ready, _, _ = select.select([self._own], [], [], 0.2)
-            try:
-                self.text += os.read(self._own, 4096).decode(errors="replace") if ready else ""
-            except OSError:
-                raise AssertionError(f"ended without {word!r}: {self.text}") from None
-            assert time.monotonic() < deadline, f"never {word!r}: {self.text}"
-        shown, _, self.text = self.text.partition(word)
-        return shown
-
-    def type(self, text: str) -> None:
-        os.write(self._own, text.encode())
-
-    def end(self) -> int:
-        """The exit code, once it has ended."""
-        deadline = time.monotonic() + 30
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.text
-            if select.select([self._own], [], [], 0.2)[0]:
-                try:
-                    self.text += os.read(self._own, 4096).decode(errors="replace")
-                except OSError:
-                    time.sleep(0.1)
-        return self.process.returncode
-
-    def hang_up(self) -> None:
-        os.close(self._own)
 
 
 @pytest.fixture

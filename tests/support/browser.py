@@ -1,5 +1,7 @@
 """A headless Chromium that does what a person does in JupyterLab: browser.py URL PICTURE; prints what a cell printed.
 
+browser.py URL PICTURE HEADING: only waits for a notebook with that heading, and prints its first lines.
+
 A program of its own: it runs on the laptop of the test cluster, in an environment with selenium.
 """
 
@@ -19,7 +21,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 CELL = "print('six times seven is', 6 * 7)"
 
 
-def main(url: str, picture: str) -> None:
+def main(url: str, picture: str, heading: str = "") -> None:
     options = webdriver.ChromeOptions()
     for word in (
         "--headless=new",
@@ -34,6 +36,12 @@ def main(url: str, picture: str) -> None:
     with webdriver.Chrome(options=options, service=service) as browser:
         wait = WebDriverWait(browser, 60)
         browser.get(url)
+        if heading:
+            title = (By.XPATH, f"//div[contains(@class, 'jp-RenderedMarkdown')]//h1[contains(., '{heading}')]")
+            print(wait.until(seen.visibility_of_element_located(title)).text)
+            time.sleep(2)
+            Path(picture).write_bytes(browser.get_screenshot_as_png())
+            return
         card = (By.CSS_SELECTOR, ".jp-LauncherCard[data-category='Notebook']")
         wait.until(seen.element_to_be_clickable(card)).click()
         cell = wait.until(seen.element_to_be_clickable((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))

@@ -1,0 +1,58 @@
+"""A command on a terminal of its own, typed at and read like a person would."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+CONTROLLING = "import os,sys,fcntl,termios; fcntl.ioctl(0,termios.TIOCSCTTY,0); os.execvp(sys.argv[1],sys.argv[1:])"
+"""Run by the command's own session: the terminal becomes its own, so that Ctrl-C reaches it."""
+
+
+class Terminal:
+    """`start` gets stdin, stdout and stderr as keywords of Popen, in a session of its own."""
+
+    def __init__(self, start: Callable[..., subprocess.Popen[Any]]) -> None:
+        self._own, other = pty.openpty()
+        self.process = start(stdin=other, stdout=other, stderr=other)
+        os.close(other)
+        self.text = ""
+
+    def until(self, word: str, timeout: float = 30) -> str:
+        """All that was shown until the word came; it is not looked at again."""
+        deadline = time.monotonic() + timeout
+        while word not in self.text:
+            try:
+                self._read()
+            except OSError:
+                raise AssertionError(f"ended without {word!r}: {self.text}") from None
+            assert time.monotonic() < deadline, f"never {word!r}: {self.text}"
+        shown, _, self.text = self.text.partition(word)
+        return shown
+
+    def type(self, text: str) -> None:
+        os.write(self._own, text.encode())
+
+    def end(self, timeout: float = 30) -> int:
+        """The exit code, once it has ended."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text
+            try:
+                self._read()
+            except OSError:
+                time.sleep(0.1)
+        code: int = self.process.returncode
+        return code
+
+    def hang_up(self) -> None:
+        os.close(self._own)
+
+    def _read(self) -> None:
+        if select.select([self._own], [], [], 0.2)[0]:
+            self.text += os.read(self._own, 4096).decode(errors="replace")
