@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc import __version__
-from hpc.core.errors import HpcError, did_you_mean
+from hpc.core.errors import HpcError, UsageError, did_you_mean
 
 _EXIT_CODES = """exit codes:
   0 done   1 failed   2 wrong usage or settings   3 refused: the plan cannot work
@@ -23,17 +23,31 @@ _EXIT_CODES = """exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments, program = _own(arguments)
     options = argparse.Namespace(json="--json" in arguments)  # until they are read
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a bar or a name that the locale can't write is no reason to fail
             stream.reconfigure(errors="replace")
     try:
+        there = None
+        if _of_elsewhere(arguments):
+            from hpc.login import via
+
+            there, arguments = via.take(arguments, os.environ)
+            if there and arguments[:1] != ["tunnel"]:
+                return via.run(there, arguments)
+        arguments, program = _own(arguments)
         options = parser().parse_args(arguments)
         options.program = program
         if options.command is None:
             parser().print_help()
             return 0
+        if there:
+            from hpc.login import laptop
+
+            explains = options.explain is not None or options.stop
+            return via.run(there, arguments) if explains else laptop.run(there, options)
+        if options.command == "tunnel" and (options.open or options.once):
+            raise UsageError("--open and --once are for the laptop", hint="name the login node: --via [USER@]HOST")
         from hpc.login import commands
 
         code: int = getattr(commands, options.command)(options)
@@ -60,6 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
+def _of_elsewhere(arguments: Sequence[str]) -> bool:
+    """True where the command is for another machine, or comes from one."""
+    if "HPC_CALLED_BY_SSH" in os.environ:
+        from hpc.login import via
+
+        via.end_with_the_caller()
+    return bool(os.environ.get("HPC_VIA")) or any(word.partition("=")[0] == "--via" for word in arguments)
+
+
 def _own(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Our own arguments, and those after `--` of `hpc shell`, which are another program's."""
     if arguments[:1] != ["shell"] or "--" not in arguments:
@@ -82,8 +105,6 @@ class _Parser(argparse.ArgumentParser):
     """argparse that says `did you mean` and leaves through our own error."""
 
     def error(self, message: str) -> Any:
-        from hpc.core.errors import UsageError
-
         hint = f"`{self.prog} --help` shows what there is"
         if "invalid choice: " in message:
             word = message.partition("invalid choice: '")[2].partition("'")[0]
@@ -125,6 +146,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"hpc {__version__}")
+    top.add_argument(
+        "--via", metavar="[USER@]HOST[:FOLDER]", help="run it on that login node, by ssh (default: HPC_VIA)"
+    )
     top.set_defaults(command=None, json=False)
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     made = {}
@@ -180,6 +204,12 @@ def _tunnel(tunnel: argparse.ArgumentParser) -> None:
     tunnel.add_argument("--no-wait", action="store_true", help="exit code 5 at once where it does not answer yet")
     tunnel.add_argument("--explain", metavar="TEXT", help="what a message of ssh, browser or Jupyter means; -: stdin")
     tunnel.add_argument("--stop", action="store_true", help="end what runs here for a relay; the job goes on")
+    laptop = tunnel.add_argument_group("on the laptop")
+    laptop.add_argument(
+        "--via", metavar="[USER@]HOST[:FOLDER]", help="the login node: open the tunnel, and keep it open"
+    )
+    laptop.add_argument("--open", action="store_true", help="show the page in the browser once it answers")
+    laptop.add_argument("--once", action="store_true", help="leave when the way is lost, instead of finding it again")
 
 
 IMAGE_VERBS = {

@@ -36,6 +36,8 @@ class Tunnel:
     reach: str
     login_host: str
     login: str
+    user: str
+    """The name on the cluster's machines."""
     ready: float
     """Since when it answers, seconds since 1970."""
     ends: float | None
@@ -46,6 +48,8 @@ class Tunnel:
     """For the laptop's browser."""
     loopback: bool
     """It listens on its node's loopback alone."""
+    targets: Mapping[str, str]
+    """Port name -> HOST:PORT or a socket: what the far end of the ssh connection is to lead to."""
     relay: Mapping[str, str] | None
     """Port name -> the socket on the login node that leads to it; only where reach is relay."""
 
@@ -93,6 +97,7 @@ def make(
 ) -> Tunnel:
     """All of it, from a service that answers. `user` is the name on the cluster, `login` that of the way in."""
     local = local_ports(endpoint.ports, first)
+    targets = sockets if reach == "relay" else _targets(endpoint, reach)
     return Tunnel(
         run=run,
         stage=stage,
@@ -107,13 +112,21 @@ def make(
         reach=reach,
         login_host=host,
         login=login,
+        user=user,
         ready=endpoint.ready,
         ends=ends,
-        command=_command(endpoint, local, reach, host, login, user, sockets),
+        command=_command(endpoint, local, reach, host, login, user, targets),
         url=endpoints.page(endpoint, token, local[next(iter(local))]),
         loopback=endpoint.bound.startswith("127."),
+        targets=dict(targets),
         relay=dict(sockets) if reach == "relay" else None,
     )
+
+
+def _targets(endpoint: Endpoint, reach: str) -> dict[str, str]:
+    # what listens on the loopback is named so by the machine that ssh ends on
+    host = "localhost" if reach == "jump" or endpoint.bound.startswith("127.") else endpoint.host
+    return {name: f"{host}:{port}" for name, port in endpoint.ports.items()}
 
 
 def _command(
@@ -123,12 +136,9 @@ def _command(
     host: str,
     login: str,
     user: str,
-    sockets: Mapping[str, str],
+    targets: Mapping[str, str],
 ) -> str:
-    # what listens on the loopback is named so by the machine that ssh ends on
-    target = "localhost" if reach == "jump" or endpoint.bound.startswith("127.") else endpoint.host
-    ends = {name: sockets[name] if reach == "relay" else f"{target}:{port}" for name, port in endpoint.ports.items()}
-    forwards = " ".join(f"-L localhost:{local[name]}:{end}" for name, end in ends.items())
+    forwards = " ".join(f"-L localhost:{local[name]}:{target}" for name, target in targets.items())
     if reach == "jump":
         return f"ssh -N -J {login}@{host} {forwards} -l {user} {endpoint.host}"
     return f"ssh -N {forwards} {host} -l {login}"

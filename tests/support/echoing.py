@@ -32,8 +32,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(self.rfile.read(int(self.headers["Content-Length"])))
 
     def answer(self, body):
-        asked = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query).get("token", [""])[0]
+        path = urllib.parse.urlparse(self.path)
+        asked = urllib.parse.parse_qs(path.query).get("token", [""])[0]
         good = os.environ["TOKEN"] in (asked, (self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        if good and path.path in ("/die", "/leave"):
+            os._exit(3 if path.path == "/die" else 0)
         body = body if good else b"Password or token"
         self.send_response(200 if good else 403)
         self.send_header("Content-Length", str(len(body)))
