@@ -27,7 +27,9 @@ def door(local: Local, packages: Path) -> Local:
 def on_terminal(local: Local, *arguments: str, **env: str) -> Terminal:
     argv = [sys.executable, "-c", CONTROLLING, sys.executable, "-m", "hpc", *arguments]
     own = local.env(XDG_STATE_HOME=str(local.folder / "state"), **env)
-    return Terminal(partial(subprocess.Popen, argv, cwd=local.folder, env=own, start_new_session=True))
+    made = Terminal(partial(subprocess.Popen, argv, cwd=local.folder, env=own, start_new_session=True))
+    local.started.append(made.process)
+    return made
 
 
 def content(folder: Path) -> dict[str, bytes]:
