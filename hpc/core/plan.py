@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
+from hpc.core import gpus, shape
 from hpc.core.errors import Refused, UsageError
-from hpc.core.limits import Limits, refuse
+from hpc.core.limits import Limits, partition_of, refuse
 from hpc.core.site import Site
-from hpc.core.stage import Kind, Resources, Stage
+from hpc.core.stage import Around, Kind, Resources, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,9 @@ class Facts(Protocol):
     def digest(self, path: str) -> str:
         """The content hash of a file or folder."""
 
+    def model(self, path: str) -> Mapping[str, Any] | None:
+        """The config.json of the model in the folder `path`; None where there is none."""
+
     def environment(self, name: str) -> Environment:
         """The image or venv of that name; an HpcError where it is missing."""
 
@@ -138,18 +142,68 @@ def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts
 
     Refused where it cannot work, UsageError where something that it reads is missing.
     """
-    by_name = {w.stage.name: w for w in wishes}
-    order = list(by_name)
-    needed = _closure(wanted, by_name, order)
     limits = facts.limits()
+    by_name = {w.stage.name: w for w in settled(wishes, site, facts, limits)}
+    order = list(by_name)
     planned: dict[str, Planned] = {}
     notes: list[str] = []
+    for name in wanted:
+        why = by_name[name].stage.unneeded(by_name[name].config)
+        notes += [f"{name}: nothing to do, {why}"] if why else []
+    needed = {n for n in _closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
     for name in order:
         if name in needed:
             one, remark = _one(by_name[name], planned, order, by_name, site, facts, limits)
             planned[name] = one
             notes += remark
     return Plan(stages=tuple(planned.values()), notes=tuple(notes))
+
+
+def settled(wishes: Sequence[Wish], site: Site, facts: Facts, limits: Limits | None) -> list[Wish]:
+    """The wishes with every config settled: what was left open follows from the site, the cards and the model."""
+    by_name = {w.stage.name: w for w in wishes}
+    return [
+        dataclasses.replace(w, config=w.stage.settle(w.config, _around(w, by_name, site, facts, limits)))
+        if w.stage.settle is not None
+        else w
+        for w in wishes
+    ]
+
+
+def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, limits: Limits | None) -> Around:
+    site = of_stage(site, wish.sbatch)
+    partition = None
+    if limits is not None and (site.partition is None or site.partition in limits):
+        partition = partition_of(site, limits)
+    nodes = partition.nodes if partition else ()
+    types = {kind for node in nodes for kind in node.gpus if kind}
+    kind = site.gres.partition(":")[2]
+    model = _model_behind(wish.stage.name, list(wishes), wishes)
+    path = facts.path(model) if model is not None else None
+    config = facts.model(path) if path is not None else None
+    return Around(
+        site=site,
+        shape=shape.read(config) if config is not None else None,
+        model=model or "",
+        card=gpus.of_site(site.gpu, site.gres, types) if site.gpus != "none" else None,
+        node_gpus=max((node.gpus.get(kind, 0) if kind else node.gpu_total for node in nodes), default=0) or None,
+    )
+
+
+def _model_behind(name: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
+    """What the settings give as the model from which, at the end, the stage's own hf_model comes."""
+    stage = wishes[name].stage
+    for given, wanted in stage.consumes.items():
+        if wanted.kind != "hf_model":
+            continue
+        text = getattr(wishes[name].config, given, None)
+        if text is not None:
+            return str(text)
+        found = producer(wanted.kind, name, order, wishes)
+        return (
+            _model_behind(found[0], order, wishes) if found else _given_before(given, "hf_model", name, order, wishes)
+        )
+    return None
 
 
 def producer(kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> tuple[str, str] | None:
@@ -196,9 +250,16 @@ def _one(
     config = _with_paths(wish.config, absolute, {**files, **folders})
     if stage.check is not None:
         stage.check(config)
-    site = of_stage(site, wish.sbatch)
-    resources, notes = fit(stage, dataclasses.replace(stage.resources(config), **wish.overrides), site, limits)
-    environment = facts.environment(stage.container)
+    around = _around(wish, wishes, site, facts, limits)
+    site = around.site
+    environment = facts.environment(stage.environment(config))
+    remarks: tuple[str, ...] = ()
+    asked = stage.resources(config)
+    if stage.size is not None:
+        known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
+        asked, remarks = stage.size(config, known)
+    resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
+    notes += remarks
     key = configs.key_of(
         stage.name,
         _without_paths(config, absolute, {**files, **folders}),
@@ -245,10 +306,11 @@ def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tu
             f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
             hint="choose a Slurm site with --site, or nodes = 1",
         )
-    if stage.launcher == "python" and (asked.nodes > 1 or asked.gpus_per_node > 1):
+    if asked.nodes > 1 or (stage.launcher == "python" and asked.gpus_per_node > 1):
         raise Refused(
             f"{stage.name} is one process: it cannot use {asked.gpus} GPUs on {asked.nodes} node(s)",
-            hint=f"set {stage.name}.resources to nodes = 1 and gpus_per_node = 1",
+            hint=f"set {stage.name}.resources to nodes = 1"
+            + (" and gpus_per_node = 1" if stage.launcher == "python" else ""),
         )
     if limits is not None:
         refuse(stage.name, asked, site, limits)

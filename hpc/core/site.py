@@ -22,6 +22,8 @@ class Site:
     """How GPUs are asked for: --gres=<gres>:N, --gpus-per-node=N, not at all, or as many as this machine has."""
     gres: str = "gpu"
     """The gres name, with its type where the site has one: gpu, gpu:a100, gpu:1g.10gb."""
+    gpu: str | None = None
+    """The card, where `gres` does not tell it: a100-40, h100, l40s, …; for estimates of memory."""
     mem: bool = True
     """Ask for memory (--mem). Some sites give whole nodes and refuse it."""
     images: str | None = None

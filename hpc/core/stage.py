@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hpc.core.errors import HpcError, UsageError, did_you_mean
+from hpc.core.gpus import Found
+from hpc.core.shape import Shape
+from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter"]
-Launcher = Literal["python"]
+Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
+Launcher = Literal["python", "workers"]
+"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
 
 STOPPED = 85
 """Exit code of a stage that was asked to end, saved its work and left."""
@@ -58,6 +62,25 @@ class Artifact:
     path: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    """What planning knows beside a stage's own config. None: not known here."""
+
+    site: Site
+    shape: Shape | None = None
+    """Of the model that its hf_model input is, or will be: a tuned model has its base's shape."""
+    model: str = ""
+    """Where that shape was read, or should have been."""
+    card: Found | None = None
+    """The site's GPU."""
+    node_gpus: int | None = None
+    """GPUs of one node."""
+    inputs: tuple[str, ...] = ()
+    """Names of the inputs that it will have."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries in its environment."""
+
+
 class Context(Protocol):
     """What the runner hands to `run`, inside the image."""
 
@@ -95,8 +118,8 @@ class Stage:
     summary: str
     config: type[Any]
     """A frozen, keyword-only dataclass of plain values: str, int, float, bool, tuples of them, None, Literal."""
-    container: str
-    """The environment it runs in: a name in `containers/` (train, serve-cpu, …)."""
+    container: str | Callable[[Any], str]
+    """The environment it runs in: a name in `containers/` (train, serve-cpu, …), or config -> that name."""
     consumes: Mapping[str, Input]
     outputs: Callable[[Any], Mapping[str, Artifact]]
     """config -> what it will produce."""
@@ -112,6 +135,26 @@ class Stage:
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
     launcher: Launcher = "python"
+    settings_of: str | None = None
+    """Another stage: the fields that both have are set there, for both."""
+    settle: Callable[[Any, Around], Any] | None = None
+    """(config, what is around) -> the config with all that was left open decided. It refuses nothing."""
+    size: Callable[[Any, Around], tuple[Resources, tuple[str, ...]]] | None = None
+    """(settled config, what is around) -> resources in place of `resources`, and notes for the plan; Refused."""
+    unneeded: Callable[[Any], str] = field(default=lambda config: "")
+    """Settled config -> why there is nothing to do; the plan then leaves the stage out."""
+
+    def environment(self, config: Any) -> str:
+        """The name of the environment that it runs in with this config."""
+        return self.container if isinstance(self.container, str) else self.container(config)
+
+    def shared(self) -> frozenset[str]:
+        """The fields whose values stand in the table of `settings_of`."""
+        if self.settings_of is None:
+            return frozenset()
+        other = load(self.settings_of)
+        own, theirs = ({f.name for f in fields(s.config)} for s in (self, other))
+        return frozenset(own & theirs)
 
 
 def load(name: str) -> Stage:

@@ -17,7 +17,7 @@ def rows() -> list[dict[str, Any]]:
             "stage": s.name,
             "consumes": {name: i.kind for name, i in s.consumes.items()},
             "produces": produced(s),
-            "environment": s.container,
+            "environment": s.container if isinstance(s.container, str) else "by its settings",
             "summary": s.summary,
         }
         for s in map(load, available())

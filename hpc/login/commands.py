@@ -57,6 +57,10 @@ def submit(options: argparse.Namespace) -> int:
             work.show_dry_run(sys.stdout)
         return 0
     submission = work.submission
+    if not submission.placed:  # every stage has said in a note why it has nothing to do
+        if options.json:
+            _print_json("hpc.submit/1", run=None, folder=None, stages=[])
+        return 0
     quiet = options.json or options.wait
     if submission.todo or submission.is_new:
         submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc import __version__
-from hpc.core import stage as stages
+from hpc.core import plan as plans
 from hpc.core.errors import HpcError
 from hpc.login import slurm
 from hpc.login.facts import MachineFacts, container_program
@@ -108,7 +108,8 @@ def _accounting() -> str:
 
 def _environments(settings: Settings) -> Iterator[Check]:
     facts = MachineFacts(settings)
-    names = dict.fromkeys(stages.load(w.stage.name).container for w in settings.wishes)
+    wishes = plans.settled(settings.wishes, settings.site, facts, None)
+    names = dict.fromkeys(w.stage.environment(w.config) for w in wishes if not w.stage.unneeded(w.config))
     kinds = set()
     for name in names:
         try:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hpc.core import config as configs
 from hpc.core import imagelock
@@ -45,6 +46,9 @@ class MachineFacts:
 
     def source(self, stage: Stage) -> bytes:
         return stages.source(stage)
+
+    def model(self, path: str) -> dict[str, Any] | None:
+        return read_json(Path(path) / "config.json")
 
     def environment(self, name: str) -> Environment:
         candidates = environment_paths(name, self._site, self._root)

@@ -200,6 +200,9 @@ def _spread(layer: Layer, pipeline: Sequence[str]) -> Layer:
         if name in {"site", "runs"} or name in table:
             continue
         owners = [s for s in pipeline if name in _TABLES or name in _fields(stages.load(s).config)]
+        owners = list(
+            dict.fromkeys(stages.load(s).settings_of or s if name in stages.load(s).shared() else s for s in owners)
+        )
         if len(owners) > 1:
             raise UsageError(
                 f"{layer.origin}: '{name}' is a setting of {' and '.join(owners)}",
@@ -243,8 +246,16 @@ def _site_folders(root: Path) -> tuple[Path, ...]:
 def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str]) -> Wish:
     values: dict[str, Any] = {}
     tables: dict[str, dict[str, Any]] = {"resources": {}, "sbatch": {}}
+    shared = stage.shared()
     for layer in layers:
-        for field, value in layer.table.get(stage.name, {}).items():
+        own = layer.table.get(stage.name, {})
+        if wrong := sorted(shared & own.keys()):
+            raise UsageError(
+                f"{layer.origin}: {wrong[0]} of {stage.name} is set in [{stage.settings_of}], for both stages",
+                hint=f"write {stage.settings_of}.{wrong[0]}",
+            )
+        others = layer.table.get(stage.settings_of or "", {})
+        for field, value in {**{k: v for k, v in others.items() if k in shared}, **own}.items():
             origins[f"{stage.name}.{field}"] = layer.origin
             if field in tables:
                 if not isinstance(value, Mapping):

@@ -67,8 +67,11 @@ class FakeFacts:
 
     files: dict[str, str] = field(default_factory=dict)
     """Path as the settings spell it -> content. It lies in `root`."""
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Model folder as the settings spell it -> its config.json."""
     root: str = "/project"
     image: str = "image-1"
+    versions: dict[str, str] = field(default_factory=dict)
     sources: dict[str, bytes] = field(default_factory=dict)
     partitions: Limits | None = None
     missing_image: bool = False
@@ -76,13 +79,16 @@ class FakeFacts:
     def path(self, text: str) -> str | None:
         return f"{self.root}/{text}" if text in self.files else None
 
+    def model(self, path: str) -> dict[str, Any] | None:
+        return self.models.get(path.removeprefix(f"{self.root}/"))
+
     def digest(self, path: str) -> str:
         return hashlib.sha256(self.files[path.removeprefix(f"{self.root}/")].encode()).hexdigest()
 
     def environment(self, name: str) -> Environment:
         if self.missing_image:
             raise Refused(f"the environment '{name}' is not there")
-        return Environment(name=name, kind="sif", path=f"/images/{name}.sif", digest=self.image)
+        return Environment(name=name, kind="sif", path=f"/images/{name}.sif", digest=self.image, versions=self.versions)
 
     def source(self, stage: Stage) -> bytes:
         return self.sources.get(stage.name, b"source")

@@ -474,3 +474,11 @@ def test_top_shows_the_gpus_of_this_machine(local: Local) -> None:
     ]
     assert (row["run"], row["stage"], row["node"]) == ("first-1", "first", os.uname().nodename)
     assert (row["index"], row["utilization"]) == (0, 50.0), "the job's GPU, not that of this shell"
+
+
+def test_a_pipeline_with_nothing_to_do_says_so_and_makes_no_run(local: Local) -> None:
+    (local.folder / "hpc.toml").write_text('[pipeline]\nstages = ["convert", "build"]\n[build]\nengine = "llmapi"\n')
+    done = local.hpc("submit", "pipeline")
+    assert "build: nothing to do, llmapi serves the model as it is" in done.stderr
+    assert json.loads(local.hpc("submit", "pipeline", "--json").stdout)["stages"] == []
+    assert not list(local.folder.glob("runs/*/run.json"))

@@ -181,6 +181,33 @@ def test_stage_outside_the_pipeline_is_added_where_it_is_asked_for(settings: Loa
     assert [w.stage.name for w in found.wishes] == ["prepare", "merge"]
 
 
+ENGINES = '[pipeline]\nstages = ["convert", "build"]\n'
+
+
+def test_what_two_stages_share_is_set_once(settings: Load) -> None:
+    found = settings(ENGINES + "[build]\ntp_size = 4\nmax_batch_size = 8", "pp_size=2", "model=m")
+    for stage in ("convert", "build"):
+        made = config(found, stage)
+        assert (made.tp_size, made.pp_size, made.model) == (4, 2, "m")
+    assert found.origins["convert.pp_size"] == "--set pp_size=2"
+
+
+def test_a_stage_alone_has_what_the_other_shares(settings: Load) -> None:
+    found = settings("[build]\ntp_size = 4", env={"HPC_BUILD_QUANTIZATION": "int8"}, target="convert")
+    assert (config(found, "convert").tp_size, config(found, "convert").quantization) == (4, "int8")
+
+
+def test_what_is_shared_is_not_set_in_the_other_table(settings: Load) -> None:
+    error = refusal(settings, ENGINES + "[convert]\ntp_size = 4")
+    assert "tp_size of convert is set in [build], for both stages" in error.message
+    assert error.hint == "write build.tp_size"
+
+
+def test_resources_are_not_shared(settings: Load) -> None:
+    found = settings(ENGINES + "[build]\nresources = { mem_gb = 9 }")
+    assert overrides(found, "convert") == {}
+
+
 def test_pipeline_may_be_typed_as_words(settings: Load) -> None:
     assert [w.stage.name for w in settings("", "pipeline.stages=prepare,finetune").wishes] == ["prepare", "finetune"]
 
