@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hpc.core.errors import Refused, did_you_mean
+from hpc.core.errors import Refused, UsageError, did_you_mean
 from hpc.core.site import Site
-from hpc.core.stage import Resources
+from hpc.core.stage import Resources, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,31 @@ class Partition:
 
 
 Limits = Mapping[str, Partition]
+
+
+def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tuple[Resources, list[str]]:
+    """The resources that the site can be asked for, with what was changed; Refused where they can't be had."""
+    if site.gpus == "none" and asked.gpus_per_node:
+        note = f"{stage.name}: site '{site.name}' gives no GPUs, it runs on the CPU"
+        asked, notes = replace(asked, gpus_per_node=0), [note]
+    else:
+        notes = []
+    if asked.nodes < 1 or asked.cpus_per_task < 1 or asked.mem_gb < 1 or asked.time_min < 1 or asked.gpus_per_node < 0:
+        raise UsageError(f"{stage.name}: resources must be positive, not {asked}", hint="see `resources` in hpc.toml")
+    if site.scheduler == "local" and asked.nodes > 1:
+        raise Refused(
+            f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
+            hint="choose a Slurm site with --site, or nodes = 1",
+        )
+    if asked.nodes > 1 or (stage.launcher == "python" and asked.gpus_per_node > 1):
+        raise Refused(
+            f"{stage.name} is one process: it cannot use {asked.gpus} GPUs on {asked.nodes} node(s)",
+            hint=f"set {stage.name}.resources to nodes = 1"
+            + (" and gpus_per_node = 1" if stage.launcher == "python" else ""),
+        )
+    if limits is not None:
+        refuse(stage.name, asked, site, limits)
+    return asked, notes
 
 
 def refuse(stage: str, asked: Resources, site: Site, limits: Limits) -> None:

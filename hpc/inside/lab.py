@@ -131,6 +131,9 @@ class _Facts:
     def digest(self, path: str) -> str:
         return self.digests.of(Path(path))
 
+    def model(self, path: str) -> dict[str, Any] | None:
+        return rundir.read_json(Path(path) / "config.json")
+
     def environment(self, name: str) -> Environment:
         """The kernel's own, known by what is installed in it."""
         image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import HpcError, Refused, UsageError
-from hpc.core.plan import Plan, Wish, fit, plan, producer
+from hpc.core.limits import fit
+from hpc.core.plan import Plan, Wish, plan, producer
 from hpc.core.site import Site
 from hpc.core.stage import Resources
 from tests.core.fakes import FakeFacts, chain, make, partition, wish
