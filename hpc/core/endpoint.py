@@ -10,6 +10,10 @@ from hpc.core import rundir
 from hpc.core.rundir import StageDir
 
 _SCHEMA = "hpc.endpoint/1"
+FIRST_PORT, LAST_PORT = 9000, 9999
+"""Ports that are chosen from: high enough for everybody, below those that the kernel gives to clients."""
+HANDED = "HPC_LISTENING_SOCKET"
+"""The variable with the number of the open socket that a private service answers on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,9 @@ class Stage:
     """config -> folders outside the run that it works in. Missing ones are made, for their owner alone."""
     service: bool = False
     """It serves until it is ended, by `hpc.inside.service`. It never completes, so nothing of it is taken over."""
+    private: bool = False
+    """A service with a network and a shared memory of its own, which no other user of the node can reach. The port that
+    it answers on is opened outside, and handed in."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
     launcher: Launcher = "python"
@@ -144,10 +147,6 @@ class Stage:
     unneeded: Callable[[Any], str] = field(default=lambda config: "")
     """Settled config -> why there is nothing to do; the plan then leaves the stage out."""
 
-    def environment(self, config: Any) -> str:
-        """The name of the environment that it runs in with this config."""
-        return self.container if isinstance(self.container, str) else self.container(config)
-
     def shared(self) -> frozenset[str]:
         """The fields whose values stand in the table of `settings_of`."""
         if self.settings_of is None:
@@ -155,6 +154,10 @@ class Stage:
         other = load(self.settings_of)
         own, theirs = ({f.name for f in fields(s.config)} for s in (self, other))
         return frozenset(own & theirs)
+
+    def environment(self, config: Any) -> str:
+        """The name of the environment that it runs in with this config."""
+        return self.container if isinstance(self.container, str) else self.container(config)
 
 
 def load(name: str) -> Stage:

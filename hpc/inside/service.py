@@ -19,13 +19,11 @@ from pathlib import Path
 
 from hpc.core import endpoint as endpoints
 from hpc.core import rundir
-from hpc.core.endpoint import Endpoint
+from hpc.core.endpoint import FIRST_PORT, HANDED, LAST_PORT, Endpoint
 from hpc.core.errors import HpcError
 from hpc.core.rundir import StageDir
 from hpc.core.stage import Context
 
-_FIRST, _LAST = 9000, 9999
-"""Ports that are chosen from: high enough for everybody, below those that the kernel gives to clients."""
 _TRIES = 5
 _LOOK_S = 0.1
 _TELL_S = 5.0
@@ -108,21 +106,23 @@ def _start(
     ctx: Context, server: Server, token: str, asked: _Asked
 ) -> tuple[subprocess.Popen[bytes], Mapping[str, int]]:
     """The program, answering (or ended, where that was asked for meanwhile), and its ports."""
+    sockets = _handed()
     for _ in range(_TRIES):
-        ports = free_ports(server.ports, server.wish, ctx.bind)
+        ports = _port_of(sockets[0], server) if sockets else free_ports(server.ports, server.wish, ctx.bind)
         process = subprocess.Popen(
             server.argv(ports),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **server.env(token)},
             cwd=server.cwd,
             preexec_fn=as_a_child,
+            pass_fds=sockets,
         )
         if _answers(ctx, process, server, ports, token, asked):
             return process, ports
         _end(process, server.grace_s)
         if asked.end:
             return process, ports
-        taken = [port for port in ports.values() if not _is_free(port, ctx.bind)]
+        taken = [port for port in ports.values() if not sockets and not _is_free(port, ctx.bind)]
         if not taken:
             raise HpcError(
                 f"the service ended before it answered: {_how(process.returncode)}",
@@ -130,6 +130,23 @@ def _start(
             )
         ctx.event("starting", message=f"port {taken[0]} was taken by another; choosing again")
     raise HpcError(f"no free port was found in {_TRIES} tries", hint="submit again, or on another node")
+
+
+def _handed() -> tuple[int, ...]:
+    """The open socket that a private service got from outside its network, as pass_fds takes it."""
+    number = os.environ.get(HANDED, "")
+    return (int(number),) if number else ()
+
+
+def _port_of(number: int, server: Server) -> dict[str, int]:
+    try:
+        with socket.socket(fileno=os.dup(number)) as listening:
+            return {server.ports[0]: listening.getsockname()[1]}
+    except OSError as error:
+        raise HpcError(
+            "the socket that was opened for this service did not reach it",
+            hint="does this Apptainer pass open files on? `hpc doctor` shows its version",
+        ) from error
 
 
 def _answers(
@@ -158,13 +175,15 @@ def free_ports(names: Sequence[str], wish: int, bind: str) -> dict[str, int]:
     """A free port for each name: the wish and those after it where they are free, else random ones."""
     wanted = list(range(wish, wish + len(names))) if wish else []
     found = [port for port in wanted if _is_free(port, bind)]
-    for port in random.sample(range(_FIRST, _LAST + 1), _LAST - _FIRST + 1):
+    for port in random.sample(range(FIRST_PORT, LAST_PORT + 1), LAST_PORT - FIRST_PORT + 1):
         if len(found) >= len(names):
             break
         if port not in found and _is_free(port, bind):
             found.append(port)
     if len(found) < len(names):
-        raise HpcError(f"all ports from {_FIRST} to {_LAST} are taken on this node", hint="submit again elsewhere")
+        raise HpcError(
+            f"all ports from {FIRST_PORT} to {LAST_PORT} are taken on this node", hint="submit again elsewhere"
+        )
     return dict(zip(names, found, strict=False))
 
 

@@ -98,6 +98,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
         limit_s=limit_s,
         enforce=site.scheduler == "local",
+        listen=_bind(site) if planned.stage.private else "",
         signal_delay_s=delay_s,
     )
     return Placed(
@@ -196,6 +197,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
         binds=binds,
         gpus=planned.resources.gpus_per_node > 0,
         cwd=str(run.path),
+        private=planned.stage.private,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import memory, outcome
+from hpc.node import memory, outcome, private
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -51,6 +51,8 @@ class Job:
     enforce: bool = False
     """True where no scheduler enforces the limit, so that this process must."""
     signal_delay_s: int = 90
+    listen: str = ""
+    """The address of the socket that is opened for the payload, which has no network of its own."""
 
 
 def enter(job: Job) -> None:
@@ -154,7 +156,13 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
 
 
 def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
-    env = process_env(job.launch, {**os.environ, **_hub_token()})
+    with private.socket_for(job.listen) as sockets:
+        return _run_payload(job, attempt, watch, sockets)
+
+
+def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: tuple[int, ...]) -> outcome.Outcome:
+    own = replace(job.launch, env={**job.launch.env, **private.handed(sockets)})
+    env = process_env(own, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
     watch.started = time.time()
@@ -166,6 +174,7 @@ def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outco
             stderr=stderr,
             env=env,
             preexec_fn=_die_with_us,
+            pass_fds=sockets,
         )
         for number in watch.signals:  # one that came while it was being started reached nobody
             watch.child.send_signal(number)

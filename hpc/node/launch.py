@@ -58,8 +58,12 @@ def container(
     binds: Sequence[Bind],
     gpus: bool,
     cwd: str,
+    private: bool = False,
 ) -> Launch:
-    """`inner` inside a SIF: only the listed paths and variables of the host are seen."""
+    """`inner` inside a SIF: only the listed paths and variables of the host are seen.
+
+    Where it is private, nothing of its network, /dev/shm and /tmp either.
+    """
     unique = tuple({bind.path: bind for bind in binds}.values())
     argv = [
         program,
@@ -76,6 +80,7 @@ def container(
     argv += ["--nv"] if gpus else []
     for bind in unique:
         argv += ["--mount", mount(bind)]
+    argv += ["--net", "--network", "none", "--contain"] if private else []
     return Launch(
         kind="sif",
         argv=(*argv, image, *inner),
@@ -85,7 +90,7 @@ def container(
     )
 
 
-_WITH_VALUE = {"--no-mount", "--pwd", "--mount"}
+_WITH_VALUE = {"--no-mount", "--pwd", "--mount", "--network"}
 """The options of `container` whose value is the next word."""
 
 

@@ -1,0 +1,74 @@
+"""Messages -> the text that the model was trained to continue, by its own chat template."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Template:
+    """The chat template of a tokenizer's folder, in a sandbox: it came with the model."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._tokens = {
+            name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        text = _text(folder, settings)
+        self._template = _environment().from_string(text) if text else None
+
+    def __bool__(self) -> bool:
+        """Whether the model has one."""
+        return self._template is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None) -> str:
+        """The prompt; ValueError where the template refuses the messages."""
+        import jinja2
+
+        if self._template is None:
+            raise ValueError("this model has no chat template: use /v1/completions")
+        try:
+            text: str = self._template.render(
+                messages=messages, add_generation_prompt=True, **{**self._tokens, **(extra or {})}
+            )
+        except jinja2.TemplateError as failed:
+            raise ValueError(f"the model's chat template refuses this: {failed}") from failed
+        return text
+
+
+def _text(folder: Path, settings: Mapping[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = settings.get("chat_template") or ""
+    if isinstance(found, list):
+        named = {entry["name"]: entry["template"] for entry in found}
+        found = named.get("default", "")
+    return str(found)
+
+
+def _token(value: Any) -> str:
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+
+
+def _environment() -> Any:
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def as_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = time.strftime
+    return environment

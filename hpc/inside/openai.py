@@ -1,0 +1,338 @@
+"""OpenAI's chat and text completions, answered by one of Triton's models."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpc.inside.chat import Template
+from hpc.inside.door import HEADERS, Door, Request, Response, closing, error, new_id
+
+_LARGEST_SEED = (1 << 63) - 1
+_REFUSED = {
+    "n": 1, "best_of": 1, "logprobs": None, "top_logprobs": None, "presence_penalty": 0, "frequency_penalty": 0,
+    "tools": None, "functions": None, "logit_bias": None, "echo": False, "suffix": None,
+}  # fmt: skip
+"""What this service cannot do -> the only value that is let through: nothing is left out in silence."""
+
+
+class Invalid(ValueError):
+    """A request that is wrong; `param` is the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The model as clients see it."""
+
+    name: str
+    target: str
+    """Triton's model that is asked."""
+    max_tokens: int
+    """Where a request names none."""
+    cumulative: bool = False
+    """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
+    streams: bool = True
+
+
+def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
+    """The request to Triton's model; Invalid where a field is wrong."""
+    for name, only in _REFUSED.items():
+        if body.get(name) not in (None, only, [], {}):
+            raise Invalid(f"{name} = {body[name]!r} is not supported here", name)
+    if (body.get("response_format") or {}).get("type", "text") != "text":
+        raise Invalid("only text is answered here", "response_format")
+    longest = body.get("max_completion_tokens") or body.get("max_tokens")
+    temperature = _number(body, "temperature", 1.0, 0, 2)
+    words: dict[str, Any] = {
+        "id": new_id(),
+        "text_input": prompt,
+        "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
+        "stream": served.streams,
+    }
+    if special is not None and not served.cumulative:
+        words["add_special_tokens"] = special
+    if temperature == 0:
+        words["top_k"] = 1
+    else:
+        words.update(temperature=temperature, top_p=_number(body, "top_p", 1.0, 0, 1) or 1.0)
+        words["top_k"] = _whole(body.get("top_k") or 0, "top_k", 0)
+    if body.get("seed") is not None:
+        words["random_seed"] = _whole(body["seed"], "seed", 0) & _LARGEST_SEED
+    stops = _stops(body.get("stop"))
+    if stops:
+        words["stop_words"] = stops
+    for name in ("repetition_penalty", "min_tokens"):
+        if body.get(name) is not None:
+            words[name] = body[name]
+    return words
+
+
+def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise Invalid(f"{name} must be from {low} to {high}", name)
+    return float(value)
+
+
+def _whole(value: Any, name: str, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 63:
+        raise Invalid(f"{name} must be a whole number, {low} or more", name)
+    return value
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) for stop in stops):
+        raise Invalid("stop must be a text, or up to 16 of them", "stop")
+    return [stop for stop in stops if stop]
+
+
+def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The messages, each with one text; Invalid where they are something else."""
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise Invalid("messages must be a list with at least one message", "messages")
+    found = []
+    for message in given:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Invalid("every message has a role and a content", "messages")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+            raise Invalid("only text can be sent in a message", "messages")
+        found.append({"role": message["role"], "content": "".join(part["text"] for part in parts)})
+    return found
+
+
+def prompt_of(body: Mapping[str, Any]) -> str:
+    """The text to continue."""
+    given = body.get("prompt")
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if not isinstance(given, str) or not given:
+        raise Invalid("prompt must be one text", "prompt")
+    return given
+
+
+class Api:
+    """The handlers below /v1."""
+
+    def __init__(self, door: Door, served: Served, template: Template) -> None:
+        self._door, self._served, self._template = door, served, template
+        self._began = int(time.time())
+
+    def add_to(self, app: Any) -> None:
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{name:.+}", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._text)
+
+    async def _models(self, request: Request) -> Response:
+        from aiohttp import web
+
+        served = self._served
+        entry = {
+            "id": served.name, "object": "model", "created": self._began, "owned_by": "hpc",
+            "max_tokens": served.max_tokens, "chat": bool(self._template),
+        }  # fmt: skip
+        name = request.match_info.get("name")
+        if name is None:
+            return web.json_response({"object": "list", "data": [entry]})
+        return web.json_response(entry) if name == served.name else self._unknown(name)
+
+    def _unknown(self, name: object) -> Response:
+        return error(404, f"there is no model {name!r} here: it is {self._served.name!r}", "not_found", "model")
+
+    async def _chat(self, request: Request) -> Response:
+        def words(body: Mapping[str, Any]) -> dict[str, Any]:
+            extra = body.get("chat_template_kwargs")
+            prompt = self._template.render(messages_of(body), extra if isinstance(extra, dict) else None)
+            return words_for(body, prompt, self._served, special=False)  # the template has written them
+
+        return await self._answer(request, words, chat=True)
+
+    async def _text(self, request: Request) -> Response:
+        def words(body: Mapping[str, Any]) -> dict[str, Any]:
+            return words_for(body, prompt_of(body), self._served, special=None)
+
+        return await self._answer(request, words, chat=False)
+
+    async def _answer(self, request: Request, make: Any, *, chat: bool) -> Response:
+        if self._door.closing:
+            return closing()
+        try:
+            body = json.loads(await request.read())
+            if not isinstance(body, dict):
+                raise Invalid("the body must be a JSON object")
+            if body.get("model") not in (None, self._served.name):
+                return self._unknown(body["model"])
+            words = make(body)
+        except ValueError as wrong:
+            return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
+        form = _Form(self._served.name, chat=chat)
+        self._door.running += 1
+        try:
+            pieces = self._pieces(request, words)
+            first = await anext(pieces, None)  # an error comes before anything else: it can still have its status
+            if first is None:
+                return error(499, "the client has left", "cancelled")
+            if body.get("stream"):
+                usage = bool((body.get("stream_options") or {}).get("include_usage"))
+                return await _stream(request, form, first, pieces, usage)
+            return await _whole_answer(form, first, pieces)
+        except _Failed as failed:
+            return error(failed.status, str(failed), failed.kind)
+        finally:
+            self._door.running -= 1
+
+    async def _pieces(self, request: Request, words: dict[str, Any]) -> AsyncIterator[_Piece]:
+        """What the model says, piece by piece; all of it is read, also when the client has left."""
+        from aiohttp import ClientError
+
+        before = ""
+        try:
+            async with self._door.client(request, words["id"]) as client:
+                answer = await client.hold(self._door.post(self._served.target, words, stream=self._served.streams))
+                async for event in _events(answer):
+                    if client.gone:
+                        continue
+                    if "error" in event:
+                        raise _Failed.of(answer.status, str(event["error"]))
+                    text = str(event.get("text_output", ""))
+                    if self._served.cumulative:
+                        text, before = text[len(before) :], text
+                    yield _Piece(
+                        text=text,
+                        tokens=int(event.get("sequence_length", 1)),
+                        prompt=int(event.get("prompt_length", 0)),
+                        reason=str(event.get("finish_reason", "")),
+                    )
+        except (ClientError, OSError, RuntimeError) as failed:
+            raise _Failed(502, "the server ended in the middle of the answer", "server_error") from failed
+
+
+async def _events(answer: Any) -> AsyncIterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events, or of one body."""
+    rest = b""
+    async for chunk in answer.content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield json.loads(line[5:])
+    if rest.strip():
+        yield json.loads(rest.removeprefix(b"data:"))
+
+
+@dataclass(frozen=True)
+class _Piece:
+    text: str
+    tokens: int
+    prompt: int
+    reason: str
+
+
+class _Failed(Exception):
+    """Triton refused, or broke."""
+
+    def __init__(self, status: int, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+    @classmethod
+    def of(cls, status: int, message: str) -> _Failed:
+        message = message.removeprefix("in ensemble 'ensemble', ")
+        if "not healthy" in message or "Stub process" in message or status >= 500:
+            return cls(503, f"the model has failed: {message}", "server_error")
+        return cls(400, message, "invalid_request_error")
+
+
+class _Form:
+    """How the answer is written, and what it has used."""
+
+    def __init__(self, model: str, *, chat: bool) -> None:
+        self.chat = chat
+        self.prompt = self.tokens = 0
+        self.reason: str | None = None
+        self._common = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{new_id()}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def take(self, piece: _Piece) -> str:
+        self.prompt = max(self.prompt, piece.prompt)
+        self.tokens += piece.tokens
+        if piece.reason:
+            self.reason = "length" if piece.reason == "length" else "stop"
+        return piece.text
+
+    def usage(self) -> dict[str, int]:
+        total = self.prompt + self.tokens
+        return {"prompt_tokens": self.prompt, "completion_tokens": self.tokens, "total_tokens": total}
+
+    def whole(self, text: str) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": self.reason or "stop"}
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._common, "object": kind, "choices": [choice], "usage": self.usage()}
+
+    def part(self, text: str | None, *, first: bool = False, last: bool = False) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": text or ""}
+        if self.chat:
+            said = {
+                "delta": {**({"role": "assistant"} if first else {}), **({} if text is None else {"content": text})}
+            }
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": (self.reason or "stop") if last else None}
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._common, "object": kind, "choices": [choice]}
+
+    def used(self) -> dict[str, Any]:
+        return {**self.part(None), "choices": [], "usage": self.usage()}
+
+
+async def _whole_answer(form: _Form, first: _Piece, pieces: AsyncIterator[_Piece]) -> Response:
+    from aiohttp import web
+
+    text = form.take(first)
+    async for piece in pieces:
+        text += form.take(piece)
+    return web.json_response(form.whole(text))
+
+
+async def _stream(request: Request, form: _Form, first: _Piece, pieces: AsyncIterator[_Piece], usage: bool) -> Response:
+    from aiohttp import web
+
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", **HEADERS}
+    )
+
+    async def say(words: Mapping[str, Any] | str) -> None:
+        text = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False)
+        try:
+            await response.write(f"data: {text}\n\n".encode())
+        except OSError:  # the client has left; the rest is read all the same
+            pass
+
+    await response.prepare(request)
+    await say(form.part(form.take(first), first=True))
+    try:
+        async for piece in pieces:
+            text = form.take(piece)
+            if text:
+                await say(form.part(text))
+    except _Failed as failed:
+        await say({"error": {"message": str(failed), "type": failed.kind, "param": None, "code": failed.status}})
+        return response
+    await say(form.part(None, last=True))
+    if usage:
+        await say(form.used())
+    await say("[DONE]")
+    return response

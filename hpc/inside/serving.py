@@ -1,0 +1,207 @@
+"""
+The process of a serving stage: Triton, the door in front of it, and a clean end of both.
+
+python3 -m hpc.inside.serving SETTINGS.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.core.endpoint import HANDED
+from hpc.core.errors import HpcError
+from hpc.inside import triton
+from hpc.inside.chat import Template
+from hpc.inside.door import Door
+from hpc.inside.openai import Api, Served
+from hpc.inside.triton import Triton
+
+TOKEN = "HPC_DOOR_TOKEN"
+_LOOK_S = 0.2
+_QUIET_S = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that the process is told, as JSON."""
+
+    repository: str
+    own: str
+    """A folder for this start alone: pid file, the reason of a failure."""
+    shm: str
+    """How its regions in /dev/shm begin."""
+    page: str
+    tokenizer: str
+    served: Mapping[str, Any]
+    stop_model: str
+    bind: str
+    port: int
+    """Where it answers if no open socket was handed in; else the same number on its own loopback."""
+    ready_s: float
+    drain_s: float
+    end_s: float
+    world: int = 1
+
+
+def main(path: str) -> int:
+    settings = Settings(**json.loads(Path(path).read_text(encoding="utf-8")))
+    why = Path(settings.own) / "why"
+    try:
+        return asyncio.run(_serve(settings))
+    except HpcError as failed:
+        why.write_text(json.dumps([failed.message, failed.hint]), encoding="utf-8")
+        print(f"error: {failed.message}", file=sys.stderr, flush=True)
+        return 1
+
+
+async def _serve(settings: Settings) -> int:
+    from aiohttp import web
+
+    token = os.environ.pop(TOKEN)
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    http, metrics = _free_port(), _free_port()
+    program, env = triton.program(Path(settings.own))
+    argv = triton.argv(Path(settings.repository), http, metrics, settings.shm, world=settings.world, program=program)
+    server = Triton(argv, env, Path(settings.own) / "pid")
+    door = Door(token, f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}", settings.stop_model)
+    app = door.app()
+    served = Served(**settings.served)
+    Api(door, served, Template(Path(settings.tokenizer))).add_to(app)
+    page = Path(settings.page).read_text(encoding="utf-8")
+
+    async def show(request: Any) -> web.Response:
+        return web.Response(text=page, content_type="text/html")
+
+    app.router.add_get("/", show)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
+    try:
+        if not await _is_ready(server, http, served, settings.ready_s, asked):
+            return 0
+        await runner.setup()
+        for listening in _sockets(settings):
+            await web.SockSite(runner, listening).start()
+        server.watch()
+        door.ready = True
+        await _stay(server, asked)
+        await _drained(door, settings.drain_s)
+        return 0
+    finally:
+        door.closing = True
+        await door.close()
+        code = await asyncio.to_thread(server.end, settings.end_s)  # whoever asks meanwhile is told so
+        print(f"Triton has ended with exit code {code}", flush=True)
+        triton.sweep(settings.shm)
+        await runner.cleanup()
+
+
+async def _stay(server: Triton, asked: asyncio.Event) -> None:
+    while not asked.is_set():
+        _look(server)
+        try:
+            await asyncio.wait_for(asked.wait(), _LOOK_S)
+        except asyncio.TimeoutError:
+            continue
+
+
+def _look(server: Triton) -> None:
+    """HpcError where the server, or the process of one of its models, is gone."""
+    code = server.ended()
+    if code is not None:
+        raise _failed(server, f"Triton ended by itself, with exit code {code}")
+    if server.lost():
+        raise _failed(server, "the process of one of Triton's models has ended")
+
+
+def _failed(server: Triton, what: str) -> HpcError:
+    said = f": {server.errors[-1]}" if server.errors else ""
+    hint = server.hints[-1] if server.hints else "its last lines are in the log: `hpc logs` shows them"
+    return HpcError(what + said[:400], hint=hint)
+
+
+async def _drained(door: Door, within_s: float) -> None:
+    """Let nobody in any more, and wait for those that are in."""
+    door.closing = True
+    until = time.monotonic() + within_s
+    quiet = time.monotonic()
+    while time.monotonic() < until and time.monotonic() - quiet < _QUIET_S:
+        if door.running:
+            quiet = time.monotonic()
+        await asyncio.sleep(0.05)
+    if door.running:
+        print(f"{door.running} requests had not ended after {within_s:g} s, and were cut off", flush=True)
+
+
+async def _is_ready(server: Triton, port: int, served: Served, within_s: float, asked: asyncio.Event) -> bool:
+    """True once it has answered a real request; False where the end was asked for before. HpcError where never."""
+    until = time.monotonic() + within_s
+    while not await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/v2/health/ready"):
+        if asked.is_set():
+            return False
+        _look(server)
+        if time.monotonic() > until:
+            raise _failed(server, f"Triton was not ready within {within_s:g} s")
+        await asyncio.sleep(_LOOK_S)
+    words = {"text_input": "hello", "max_tokens": 1}
+    address = f"http://127.0.0.1:{port}/v2/models/{served.target}/generate"
+    said = await asyncio.to_thread(_post, address, words)
+    if said:
+        raise _failed(server, f"the first request failed: {said}")
+    return not asked.is_set()
+
+
+def _get(url: str) -> bool:
+    try:
+        with _opener().open(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _post(url: str, words: Mapping[str, Any]) -> str:
+    """What went wrong, or ""."""
+    try:
+        with _opener().open(urllib.request.Request(url, json.dumps(words).encode()), timeout=300) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as failed:
+        return failed.read().decode(errors="replace")[:300]
+    except OSError as failed:
+        return str(failed)
+    return text[:300] if '"error"' in text else ""
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _sockets(settings: Settings) -> list[socket.socket]:
+    """Where the door answers: the socket that was handed in from the node's network, and its own loopback."""
+    handed = os.environ.get(HANDED, "")
+    own = socket.socket()
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    own.bind(("127.0.0.1" if handed else settings.bind, settings.port))
+    own.listen(128)
+    return [own, *([socket.socket(fileno=int(handed))] if handed else [])]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,206 @@
+"""One Triton server: how it is started, when it is ready, whether its models' processes live, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpc.core.errors import HpcError
+from hpc.inside import hints
+
+_EXIT_TIMEOUT_S = 10
+_KEPT = 20
+"""Last errors of its log that are kept to be told."""
+
+
+def argv(
+    repository: Path, http: int, metrics: int, shm: str, *, world: int = 1, program: str = "tritonserver"
+) -> list[str]:
+    """The command; with `world` > 1 one rank per GPU on this node, of which the first answers.
+
+    Ranks after the first load the engine alone and open no port. The first mpirun argument list is the leader's.
+    """
+    first = _server(program, repository, shm, 0, http=http, metrics=metrics)
+    if world == 1:
+        return first
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "1", *first]
+    for rank in range(1, world):
+        words += [":", "-n", "1", *_server(program, repository, shm, rank)]
+    return words
+
+
+def for_srun(
+    repository: Path, http: int, metrics: int, shm: str, *, world: int, nodes: int, mpi: str = "pmix",
+    program: str = "tritonserver",
+) -> list[str]:  # fmt: skip
+    """The words after `srun` for several nodes: one task of Slurm per GPU, which finds its rank in its number there."""
+    first = _server(program, repository, shm, 0, http=http, metrics=metrics)
+    rest = _server(program, repository, shm, 1)
+    script = 'if [ "$SLURM_PROCID" = 0 ]; then exec {}; else exec {}; fi'.format(*map(_quoted, (first, rest)))
+    return [
+        f"--mpi={mpi}", f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
+        "sh", "-c", script,
+    ]  # fmt: skip
+
+
+def _quoted(words: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(words).replace("rank1_", "rank${SLURM_PROCID}_")
+
+
+def _server(program: str, repository: Path, shm: str, rank: int, *, http: int = 0, metrics: int = 0) -> list[str]:
+    ports = [
+        "--allow-http=false",
+        "--allow-metrics=false",
+        "--model-control-mode=explicit",
+        "--load-model=tensorrt_llm",
+    ]
+    if rank == 0:
+        ports = [
+            "--http-address=127.0.0.1", f"--http-port={http}",
+            "--metrics-address=127.0.0.1", f"--metrics-port={metrics}",
+        ]  # fmt: skip
+    return [
+        program, f"--model-repository={repository}", *ports, "--allow-grpc=false", "--disable-auto-complete-config",
+        f"--exit-timeout-secs={_EXIT_TIMEOUT_S}", f"--backend-config=python,shm-region-prefix-name={shm}rank{rank}_",
+    ]  # fmt: skip
+
+
+def program(own: Path) -> tuple[str, Mapping[str, str]]:
+    """How tritonserver is started here: the image's, or that of this Python's nvidia-pytriton, whose layout is made."""
+    found = shutil.which("tritonserver") or (
+        "/opt/tritonserver/bin/tritonserver" if Path("/opt/tritonserver/bin/tritonserver").exists() else None
+    )
+    if found:
+        return found, {}
+    wheel = next((Path(p) / "pytriton" for p in sys.path if (Path(p) / "pytriton/tritonserver").is_dir()), None)
+    if wheel is None:
+        raise HpcError("there is no Triton here", hint="serve with the environment serve-cpu, trtllm or triton")
+    minor = "{}.{}".format(*sys.version_info[:2])
+    backends = own / "backends" / "python"
+    backends.mkdir(parents=True, exist_ok=True)
+    stubs = wheel / "tritonserver" / "python_backend_stubs" / minor
+    sources = [*(wheel / "tritonserver" / "backends" / "python").iterdir(), stubs / "triton_python_backend_stub"]
+    for source in sources:
+        link = backends / source.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(source)
+    script = own / "tritonserver"
+    script.write_text(
+        f'#!/bin/sh\nexec "{wheel}/tritonserver/bin/tritonserver" --backend-directory="{backends.parent}" "$@"\n'
+    )
+    script.chmod(0o700)
+    libraries = [str(wheel.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # the stub's Python is the first on PATH
+    return str(script), {"LD_LIBRARY_PATH": ":".join(libraries), "PATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+
+
+class Triton:
+    """The running server, in a process group of its own."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], pid_file: Path) -> None:
+        self.errors: deque[str] = deque(maxlen=_KEPT)
+        self.hints: list[str] = []
+        self._stubs: frozenset[int] = frozenset()
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", env={**os.environ, **env}, start_new_session=True, preexec_fn=_deaf,
+        )  # fmt: skip
+        pid_file.write_text(str(self._process.pid))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """Its exit code, once it has ended."""
+        return self._process.poll()
+
+    def watch(self) -> None:
+        """From now on a model's process that is gone is a failure: Triton itself goes on, and says it is ready."""
+        self._stubs = frozenset(group(self.pid)) - {self.pid}
+
+    def lost(self) -> bool:
+        """True where a model's process is gone."""
+        return not self._stubs <= frozenset(group(self.pid))
+
+    def end(self, within_s: float) -> int:
+        """Ask it to end, make it end, and all that it started; its exit code."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGINT)
+            try:
+                self._process.wait(within_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        code = self._process.wait()
+        end_group(self.pid)
+        self._reader.join(5)
+        return code
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        if hints.harmless(line):
+            return
+        print(line, end="", flush=True)
+        if hints.is_error(line):
+            self.errors.append(line.strip())
+        text = hints.hint(line)
+        if text and text not in self.hints:
+            self.hints.append(text)
+            print(f"hint: {text}", flush=True)
+
+
+def _deaf() -> None:
+    """In the child, before exec: it and its models' processes do not hear what Slurm sends to all of a job.
+
+    They would end under running requests. SIGINT is how we end it; SIGKILL where we ourselves are gone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def group(leader: int) -> set[int]:
+    """The processes of a process group that run (proc(5))."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == leader and fields[0] != "Z":
+                found.add(int(path.parent.name))
+    return found
+
+
+def end_group(leader: int) -> None:
+    """SIGKILL to what is left of the group, until nothing is: a server that was killed leaves its models' processes."""
+    deadline = time.monotonic() + 5
+    while group(leader) and time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def sweep(prefix: str) -> None:
+    """Remove what stays in /dev/shm of a server that did not end by itself."""
+    for path in Path("/dev/shm").glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            path.unlink()

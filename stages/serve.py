@@ -1,0 +1,232 @@
+"""A model behind one door on a node: Triton's API, OpenAI's, and a page to chat with. Reached with `hpc tunnel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hpc.core import engines
+from hpc.core.division import KvCache, Quantization
+from hpc.core.errors import Refused, UsageError
+from hpc.core.stage import Around, Context, Input, Resources, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Which engine is served, and how."""
+
+    engine: Literal["auto", "tensorrt_llm", "llmapi", "onnxruntime_genai"] = "auto"
+    """Set in [build]. The container is `serve-cpu`, `trtllm` or `triton` by that."""
+    engine_dir: str | None = None
+    """The engine's folder; None: from the stage before (build)."""
+    model: str | None = None
+    """Set in [build]. For llmapi, which takes the model as it is."""
+    tp_size: int = 1
+    """Set in [build]."""
+    pp_size: int = 1
+    """Set in [build]."""
+    auto: bool = False
+    """Set in [build]."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Set in [build]."""
+    quantization: Quantization = "none"
+    """Set in [build]."""
+    kv_cache: KvCache = "auto"
+    """Set in [build]."""
+    max_batch_size: int = 64
+    """Set in [build]. Requests that are taken at once."""
+    max_seq_len: int | None = None
+    """Set in [build]. Tokens of prompt and answer together."""
+    tokenizer: str = ""
+    """The folder with tokenizer.json; empty: the engine's."""
+    name: str = "ensemble"
+    """The model's name for clients of OpenAI's API."""
+    streaming: bool = True
+    """Answers come piece by piece. It sets `decoupled` in all models."""
+    engine_batch_size: int = 0
+    """Requests that the engine works on at once; 0: as many as are taken."""
+    max_tokens: int = 512
+    """Of an answer whose request names none."""
+    preprocessing_instances: int = 1
+    postprocessing_instances: int = 1
+    bls_instances: int = 1
+    queue_delay_us: int = 0
+    """Microseconds that a request waits for others to be taken with."""
+    queue_size: int = 0
+    """Requests that wait before new ones are refused; 0: any number."""
+    kv_cache_fraction: float = 0.9
+    """Of the GPU's free memory. (TensorRT-LLM)"""
+    kv_cache_tokens: int = 0
+    """Tokens in the KV cache; 0: by the fraction. (TensorRT-LLM)"""
+    attention_window: int = 0
+    """Tokens that attention looks back; 0: all. (TensorRT-LLM)"""
+    kv_cache_reuse: bool = False
+    chunked_context: bool = False
+    batching: str = "inflight_fused_batching"
+    exclude_input: bool = True
+    """Answers of Triton's own API hold what is new alone, without the prompt."""
+    vendor_repository: str = ""
+    """NVIDIA's own repository (inflight_batcher_llm) in the image, filled instead of ours. (TensorRT-LLM)"""
+    private: bool = True
+    """Refuse to serve where other users of the machine would reach Triton past the token."""
+    ready_s: int = 900
+    """Seconds until it must have answered."""
+    drain_s: int = 20
+    """Seconds that running requests get when the service is ended. Slurm kills it KillWait (30 s) after it asked."""
+    extra: tuple[str, ...] = field(default=())
+    """Further values for the repository's templates, as name=value."""
+
+
+def container(config: ServeConfig) -> str:
+    """The environment that has the engine."""
+    return {"onnxruntime_genai": "serve-cpu", "llmapi": "triton"}.get(config.engine, "trtllm")
+
+
+def resources(config: ServeConfig) -> Resources:
+    """A guess on the safe side of a 7 B model."""
+    if config.engine == "onnxruntime_genai":
+        return Resources(cpus_per_task=8, mem_gb=16, time_min=240)
+    return Resources(gpus_per_node=config.tp_size * config.pp_size, cpus_per_task=8, mem_gb=64, time_min=240)
+
+
+def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...]]:
+    """GPUs and notes; Refused or VerificationFailed for what cannot be served here."""
+    asked = resources(config)
+    needed = "model" if config.engine == "llmapi" else "engine_dir"
+    if needed not in around.inputs:
+        hint = (
+            "set build.model"
+            if needed == "model"
+            else "put build before serve in pipeline.stages, or set serve.engine_dir"
+        )
+        raise UsageError(f"serve needs an engine's folder for {config.engine}", hint=hint)
+    if config.engine_dir is not None and needed == "engine_dir":
+        from hpc.inside import matching
+
+        matching.refuse_early(Path(config.engine_dir), config, around.versions)
+    if config.engine == "onnxruntime_genai":
+        return asked, ()
+    if around.node_gpus is not None and asked.gpus_per_node > around.node_gpus:
+        raise Refused(
+            f"serve needs {asked.gpus_per_node} GPUs on one node, and a node has {around.node_gpus}",
+            hint="build the engine for fewer: build.tp_size, build.pp_size, build.quantization",
+        )
+    return asked, engines.judged("serve", config, around)
+
+
+def check(config: ServeConfig) -> None:
+    """UsageError for what could not work."""
+    if config.max_batch_size < 1:
+        raise UsageError("serve.max_batch_size must be 1 or more")
+    wrong = [entry for entry in config.extra if "=" not in entry]
+    if wrong:
+        raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
+    if config.vendor_repository and config.engine != "tensorrt_llm":
+        raise UsageError("serve.vendor_repository is for tensorrt_llm alone")
+
+
+def run(config: ServeConfig, ctx: Context) -> None:
+    import json
+    import os
+    import sys
+    import tempfile
+    from dataclasses import asdict
+
+    from hpc.core.assets import TEMPLATES
+    from hpc.core.errors import HpcError
+    from hpc.inside import alone, matching, models, repository, serving, triton
+    from hpc.inside.openai import Served
+    from hpc.inside.service import Server, serve
+
+    if config.private:
+        alone.become()
+    engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
+    if config.engine == "llmapi":
+        engine = models.local(str(engine), ctx.cache)
+    else:
+        matching.agree(matching.refuse(engine, ctx), config)
+    tokenizer = repository.tokenizer_of(engine, config.tokenizer)
+    folder = ctx.folder / "repository"
+    settings = repository.Settings(
+        triton_max_batch_size=config.max_batch_size,
+        decoupled_mode=config.streaming,
+        preprocessing_instance_count=config.preprocessing_instances,
+        postprocessing_instance_count=config.postprocessing_instances,
+        bls_instance_count=config.bls_instances,
+        max_queue_delay_microseconds=config.queue_delay_us,
+        max_queue_size=config.queue_size,
+        engine_max_batch_size=config.engine_batch_size,
+        max_seq_len=config.max_seq_len or 0,
+        exclude_input_in_output=config.exclude_input,
+        batching_strategy=config.batching,
+        kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
+        max_tokens_in_paged_kv_cache=config.kv_cache_tokens or None,
+        max_attention_window_size=config.attention_window or None,
+        enable_kv_cache_reuse=config.kv_cache_reuse,
+        enable_chunked_context=config.chunked_context,
+        tensor_parallel_size=config.tp_size,
+        pipeline_parallel_size=config.pp_size,
+    )
+    filling = {
+        **repository.values(config.engine, engine, tokenizer, settings),
+        **dict(entry.split("=", 1) for entry in config.extra),
+    }
+    vendor = Path(config.vendor_repository) if config.vendor_repository else None
+    repository.render(folder, config.engine, TEMPLATES / "triton", filling, vendor)
+    target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
+    served = Served(
+        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
+        streams=config.streaming,
+    )  # fmt: skip
+
+    with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
+        told = serving.Settings(
+            repository=str(folder), own=own, shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
+            page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
+            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, port=0,
+            ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
+            world=config.tp_size * config.pp_size,
+        )  # fmt: skip
+
+        def argv(ports: Mapping[str, int]) -> Sequence[str]:
+            path = Path(own) / "settings.json"
+            path.write_text(json.dumps({**asdict(told), "port": ports["http"]}))
+            return [sys.executable, "-m", "hpc.inside.serving", str(path)]
+
+        try:
+            serve(ctx, Server(
+                argv=argv, env=lambda token: {serving.TOKEN: token}, health="/health", path="/",
+                ready_s=config.ready_s + 60, grace_s=config.drain_s + 30, cwd=Path(own),
+            ))  # fmt: skip
+        except HpcError:
+            why = Path(own) / "why"
+            if why.exists():
+                message, hint = json.loads(why.read_text(encoding="utf-8"))
+                raise HpcError(message, hint=hint) from None
+            raise
+        finally:  # what is left where that process was killed
+            pid = Path(own) / "pid"
+            if pid.exists():
+                triton.end_group(int(pid.read_text()))
+            triton.sweep(told.shm)
+
+
+STAGE = Stage(
+    name="serve",
+    summary="A model behind Triton's API, OpenAI's, and a page to chat with",
+    config=ServeConfig,
+    container=container,
+    consumes={"engine_dir": Input(kind="engine", optional=True), "model": Input(kind="hf_model", optional=True)},
+    outputs=lambda config: {},
+    resources=resources,
+    check=check,
+    service=True,
+    private=True,
+    launcher="workers",
+    settings_of="build",
+    settle=engines.settle,
+    size=size,
+    run=run,
+)

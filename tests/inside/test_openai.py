@@ -1,0 +1,75 @@
+"""OpenAI's requests become Triton's, and what cannot be done is refused by its field's name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hpc.inside import door, openai
+from hpc.inside.openai import Invalid, Served
+
+SERVED = Served(name="m", target="ensemble", max_tokens=99)
+
+
+def words(**body: Any) -> dict[str, Any]:
+    found = openai.words_for(body, "text", SERVED, special=False)
+    assert len(found.pop("id")) > 8
+    return found
+
+
+def test_defaults_are_openais() -> None:
+    assert words() == {
+        "text_input": "text", "max_tokens": 99, "stream": True, "add_special_tokens": False,
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+    }  # fmt: skip
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert words(temperature=0, top_p=0.5)["top_k"] == 1
+    assert "temperature" not in words(temperature=0)
+
+
+def test_fields_find_their_place() -> None:
+    found = words(max_completion_tokens=5, max_tokens=6, stop="x", seed=7, temperature=0.5, top_p=0.9, min_tokens=2)
+    assert (found["max_tokens"], found["stop_words"], found["random_seed"]) == (5, ["x"], 7)
+    assert (found["temperature"], found["top_p"], found["min_tokens"]) == (0.5, 0.9, 2)
+    assert words(stop=["a", ""])["stop_words"] == ["a"]
+    assert words(n=1, presence_penalty=0, frequency_penalty=0.0, logprobs=None, tools=[], logit_bias={})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2), ("presence_penalty", 0.5), ("tools", [{"type": "function"}]), ("logprobs", True), ("echo", True),
+        ("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_p", 2), ("max_tokens", 0),
+        ("max_tokens", "5"), ("max_tokens", 1 << 80), ("seed", -1), ("stop", 5), ("stop", ["x"] * 17),
+        ("response_format", {"type": "json_object"}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
+    with pytest.raises(Invalid) as refused:
+        words(**{field: value})
+    assert refused.value.param == ("max_tokens" if field == "max_tokens" else field)
+
+
+def test_messages() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert openai.messages_of({"messages": [{"role": "user", "content": parts}]}) == [{"role": "user", "content": "ab"}]
+    for wrong in (None, [], ["x"], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}],
+                  [{"role": "user", "content": 5}]):  # fmt: skip
+        with pytest.raises(Invalid):
+            openai.messages_of({"messages": wrong})
+    assert openai.prompt_of({"prompt": ["x"]}) == "x"
+    for prompt in (None, "", ["a", "b"], [1, 2]):
+        with pytest.raises(Invalid):
+            openai.prompt_of({"prompt": prompt})
+
+
+def test_a_request_gets_an_id_and_keeps_its_own() -> None:
+    number, body = door._with_id(b'{"text_input": "x"}')
+    assert json.loads(body) == {"text_input": "x", "id": number}
+    assert door._with_id(b'{"id": "mine"}') == ("mine", b'{"id": "mine"}')
+    for other in (b"[1]", b"no", b""):
+        assert door._with_id(other) == ("", other)

@@ -1,0 +1,216 @@
+"""Triton's model repository is complete and consistent before a server sees it, for every engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc.core.assets import TEMPLATES
+from hpc.core.errors import HpcError, VerificationFailed
+from hpc.inside import pbtxt, repository
+from hpc.inside.repository import ENGINES, Settings
+
+TRITON = TEMPLATES / "triton"
+LAB = Settings(
+    triton_max_batch_size=64, decoupled_mode=False, preprocessing_instance_count=2, postprocessing_instance_count=3,
+    bls_instance_count=4, max_queue_delay_microseconds=5, max_queue_size=6, max_tokens_in_paged_kv_cache=2560,
+    max_attention_window_size=2561, kv_cache_free_gpu_mem_fraction=0.5, exclude_input_in_output=True,
+    enable_kv_cache_reuse=True, enable_chunked_context=True,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def image(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the code that NVIDIA's images have."""
+    folder = tmp_path_factory.mktemp("image")
+    (folder / "model.py").write_text("# the vendor's")
+    monkeypatch.setattr(repository, "_IMAGE_LLMAPI", folder)
+    return folder
+
+
+def render(folder: Path, engine: str, settings: Settings = LAB, engine_dir: Path = Path("/e")) -> Path:
+    target = folder / "repository"
+    repository.render(target, engine, TRITON, repository.values(engine, engine_dir, Path("/t"), settings))
+    return target
+
+
+def config(folder: Path, model: str) -> pbtxt.Message:
+    return pbtxt.parse((folder / model / "config.pbtxt").read_text())
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime_genai", "tensorrt_llm"])
+def test_the_five_models_with_the_labs_settings(tmp_path: Path, engine: str) -> None:
+    made = render(tmp_path, engine)
+    names = {"preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls"}
+    assert {path.name for path in made.iterdir()} == names
+    models = {name: config(made, name) for name in names}
+    assert {m["max_batch_size"][0] for m in models.values()} == {"64"}
+    assert {name for name in names if repository.decoupled(models[name])} == set()
+    counts = {n: m["instance_group"][0].get("count") for n, m in models.items() if "instance_group" in m}
+    assert counts == {
+        "preprocessing": ["2"], "postprocessing": ["3"], "tensorrt_llm_bls": ["4"], "tensorrt_llm": ["1"],
+    }  # fmt: skip
+    assert repository.parameter(models["tensorrt_llm"], "gpt_model_path") == "/e"
+    assert repository.parameter(models["preprocessing"], "tokenizer_dir") == "/t"
+    assert models["tensorrt_llm"]["dynamic_batching"][0]["max_queue_delay_microseconds"] == ["5"]
+
+
+def test_the_engine_backend_has_what_was_set_and_nothing_else(tmp_path: Path) -> None:
+    found = config(render(tmp_path, "tensorrt_llm"), "tensorrt_llm")
+    parameters = {p["key"][0]: p["value"][0]["string_value"][0] for p in found["parameters"]}
+    assert found["backend"] == ["tensorrtllm"]
+    assert parameters == {
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no", "gpt_model_path": "/e", "gpt_model_type": "inflight_fused_batching",
+        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+        "max_beam_width": "1", "max_tokens_in_paged_kv_cache": "2560", "max_attention_window_size": "2561",
+        "batch_scheduler_policy": "guaranteed_no_evict", "kv_cache_free_gpu_mem_fraction": "0.5",
+        "exclude_input_in_output": "true", "cancellation_check_period_ms": "100", "enable_kv_cache_reuse": "true",
+        "enable_chunked_context": "true",
+    }  # fmt: skip
+
+
+def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:
+    made = render(tmp_path, "llmapi", Settings())
+    assert repository.decoupled(config(made, "tensorrt_llm"))
+    text = (made / "tensorrt_llm" / "1" / "model.yaml").read_text()
+    assert 'model: "/e"' in text
+    assert "decoupled: true" in text
+    assert "${" not in text
+    assert (made / "tensorrt_llm" / "1" / "model.py").read_text() == "# the vendor's"
+
+
+def test_llmapi_needs_the_images_own_code(tmp_path: Path, image: Path) -> None:
+    (image / "model.py").unlink()
+    with pytest.raises(HpcError, match=r"model\.py is not there"):
+        render(tmp_path, "llmapi", Settings())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_one_switch_sets_streaming_everywhere(tmp_path: Path, streaming: bool) -> None:
+    made = render(tmp_path, "onnxruntime_genai", Settings(decoupled_mode=streaming))
+    for model in ("tensorrt_llm", "tensorrt_llm_bls"):
+        assert repository.decoupled(config(made, model)) is streaming
+
+
+def test_made_again_for_another_engine_nothing_of_the_first_stays(tmp_path: Path) -> None:
+    made = render(tmp_path, "onnxruntime_genai")
+    (made / "tensorrt_llm" / "1" / "old").touch()
+    made = render(tmp_path, "tensorrt_llm", engine_dir=Path("/other"))
+    assert not (made / "tensorrt_llm" / "1" / "old").exists()
+    assert not (made / "tensorrt_llm" / "1" / "model.py").exists()
+    assert repository.parameter(config(made, "tensorrt_llm"), "gpt_model_path") == "/other"
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+@pytest.mark.parametrize("path", ['/a "b"', "/a\\b", "/한글 폴더", "/a${b}"])
+def test_odd_paths_come_through(tmp_path: Path, path: str) -> None:
+    try:
+        made = render(tmp_path, "onnxruntime_genai", engine_dir=Path(path))
+    except VerificationFailed:
+        assert "${" in path  # it cannot be told from a name that was forgotten
+        return
+    assert repository.parameter(config(made, "tensorrt_llm"), "gpt_model_path") == path
+
+
+def test_a_name_without_a_value_is_told_and_leaves_the_old_one(tmp_path: Path) -> None:
+    old = render(tmp_path, "onnxruntime_genai")
+    values = repository.values("onnxruntime_genai", Path("/e"), Path("/t"), LAB)
+    del values["max_queue_size"]
+    with pytest.raises(HpcError, match=r"\$\{max_queue_size\}"):
+        repository.render(old, "onnxruntime_genai", TRITON, values)
+    repository.check(old)
+    with pytest.raises(HpcError, match=r"\$\{open"):
+        repository.fill("x: ${open", {"open": "1"})
+
+
+def vendor(folder: Path) -> Path:
+    """A repository in the shape of NVIDIA's, filled by the same names."""
+    for model, text in {
+        "tensorrt_llm": 'name: "tensorrt_llm"\nbackend: "${triton_backend}"\nmax_batch_size: ${triton_max_batch_size}\n'
+        "model_transaction_policy {\n  decoupled: ${decoupled_mode}\n}\n"
+        'parameters: {\n  key: "gpt_model_path"\n  value: {\n    string_value: "${engine_dir}"\n  }\n}\n',
+        "tensorrt_llm_bls": 'name: "tensorrt_llm_bls"\nbackend: "python"\n'
+        "model_transaction_policy {\n  decoupled: ${decoupled_mode}\n}\n"
+        'parameters: {\n  key: "tensorrt_llm_model_name"\n'
+        '  value: {\n    string_value: "${tensorrt_llm_model_name}"\n  }\n}\n',
+    }.items():
+        place = folder / model
+        (place / "1").mkdir(parents=True)
+        (place / "config.pbtxt").write_text(text)
+        (place / "1" / "model.py").touch()
+    return folder
+
+
+def test_the_vendors_own_repository_is_filled_in_the_same_way(tmp_path: Path) -> None:
+    source = vendor(tmp_path / "image")
+    values = repository.values("tensorrt_llm", Path("/e"), Path("/t"), LAB)
+    repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
+    assert config(tmp_path / "made", "tensorrt_llm")["backend"] == ["tensorrtllm"]
+    (source / "tensorrt_llm" / "config.pbtxt").write_text("max_batch_size: ${new_in_a_later_release}\n")
+    with pytest.raises(HpcError, match="new_in_a_later_release"):
+        repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
+
+
+BREAK = {
+    "do not agree on decoupled": ("tensorrt_llm_bls", "decoupled: false", "decoupled: true"),
+    "calls elsewhere, which is not there": ("tensorrt_llm_bls", '"tensorrt_llm"', '"elsewhere"'),
+    "has a step elsewhere": ("ensemble", 'model_name: "postprocessing"', 'model_name: "elsewhere"'),
+    "calls itself other": ("preprocessing", 'name: "preprocessing"', 'name: "other"'),
+    "still asks for": ("preprocessing", '"/t"', '"${tokenizer_dir}"'),
+    "not readable at line": ("preprocessing", "max_batch_size: 64", "max_batch_size: }"),
+}
+
+
+@pytest.mark.parametrize("told", BREAK)
+def test_what_triton_would_accept_and_not_serve_is_refused(tmp_path: Path, told: str) -> None:
+    made = render(tmp_path, "onnxruntime_genai")
+    model, old, new = BREAK[told]
+    path = made / model / "config.pbtxt"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(VerificationFailed, match=told):
+        repository.check(made)
+
+
+def test_a_model_without_its_code_is_refused(tmp_path: Path) -> None:
+    made = render(tmp_path, "onnxruntime_genai")
+    (made / "postprocessing" / "1" / "model.py").unlink()
+    with pytest.raises(VerificationFailed, match=r"postprocessing has no 1/model\.py"):
+        repository.check(made)
+
+
+def test_every_engine_can_be_rendered(tmp_path: Path) -> None:
+    for engine in ENGINES:
+        render(tmp_path / engine, engine, Settings())
+
+
+def test_a_folder_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(HpcError, match=r"has no tokenizer\.json"):
+        repository.tokenizer_of(tmp_path, "")
+    (tmp_path / "tokenizer.json").touch()
+    assert repository.tokenizer_of(Path("/engine"), str(tmp_path)) == tmp_path
+
+
+# ---- the reader of the text format
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: 1", {"a": ["1"]}),
+        ("a: 1 a: 2 # no\nb { c: -1.5e3 }", {"a": ["1", "2"], "b": [{"c": ["-1.5e3"]}]}),
+        ("a: [ { b: X }, { b: Y } ],", {"a": [{"b": ["X"]}, {"b": ["Y"]}]}),
+        ('a: "x" "y" b: \'\\"z\'', {"a": ["xy"], "b": ['"z']}),
+        ("a: < b: 1; >", {"a": [{"b": ["1"]}]}),
+        ("a: [ ]", {"a": []}),
+    ],
+)
+def test_text_format(text: str, found: pbtxt.Message) -> None:
+    assert pbtxt.parse(text) == found
+
+
+@pytest.mark.parametrize("text", ["a:", "a: {", "a }", ": 1", 'a: "x', "a: $", "\n\na: [1"])
+def test_text_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(VerificationFailed, match="line"):
+        pbtxt.parse(text)

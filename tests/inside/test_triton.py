@@ -1,0 +1,169 @@
+"""Triton's command, the words for its log, and an end that leaves no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc.core.errors import HpcError
+from hpc.inside import hints, triton
+
+
+def test_one_rank_on_loopback_without_grpc() -> None:
+    assert triton.argv(Path("/r"), 1, 2, "p_") == [
+        "tritonserver", "--model-repository=/r", "--http-address=127.0.0.1", "--http-port=1",
+        "--metrics-address=127.0.0.1", "--metrics-port=2", "--allow-grpc=false", "--disable-auto-complete-config",
+        "--exit-timeout-secs=10", "--backend-config=python,shm-region-prefix-name=p_rank0_",
+    ]  # fmt: skip
+
+
+def test_ranks_of_one_node_start_by_mpirun_and_only_the_first_answers() -> None:
+    words = triton.argv(Path("/r"), 1, 2, "p_", world=4)
+    text = " ".join(words)
+    assert words[:3] == ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+    ranks = [part.split() for part in text.partition("--oversubscribe ")[2].split(" : ")]
+    assert len(ranks) == 4
+    assert all(rank[:3] == ["-n", "1", "tritonserver"] for rank in ranks)
+    assert [any("http-port" in word for word in rank) for rank in ranks] == [True, False, False, False]
+    assert ["--load-model=tensorrt_llm" in rank for rank in ranks] == [False, True, True, True]
+    assert len({rank[-1] for rank in ranks}) == 4
+
+
+def test_ranks_of_several_nodes_start_by_slurm() -> None:
+    words = triton.for_srun(Path("/a b"), 1, 2, "p_", world=16, nodes=2)
+    assert words[:4] == ["--mpi=pmix", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
+    # the shell's own reading of it, with a program that prints its words instead of the server
+    for rank in (0, 3):
+        script = words[-1].replace("exec tritonserver", f"exec {sys.executable} -c 'import sys; print(sys.argv)'")
+        env = {**os.environ, "SLURM_PROCID": str(rank)}
+        shown = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True, env=env).stdout
+        assert "--model-repository=/a b" in shown
+        assert f"p_rank{rank}_" in shown
+        assert ("--http-port=1" in shown) is (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[ERROR] The application appears to have been direct launched; OMPI was not built with SLURM's PMI", "MPI"),
+        ("Assertion failed: mpiSize == tp * pp (1 != 2)", "another number of GPUs"),
+        ("Error Code 1: Version tag does not match. Current Version: 228, Serialized Engine Version: 237", "again"),
+        ("Error Code 6: expecting compute 9.0 got compute 8.9", "another type of GPU"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried", "kv_cache_free_gpu_mem_fraction"),
+        ("[TensorRT-LLM][ERROR] maxTokensInPagedKvCache must be large enough for 1 sequence", "kv_cache"),
+        ("Unable to initialize shared memory key 'x' to requested size: No space left on device", "/dev/shm"),
+        ("HTTP end point doesn't support models with decoupled transaction policy", "streaming"),
+        ("failed to start HTTP service: Socket '127.0.0.1:8001' already in use", "submit again"),
+        ("LoRA task 0 not found in cache", "LoRA"),
+        ("unpack_from requires a buffer of at least 252645139 bytes", "numpy"),
+        ("Stub process 'tensorrt_llm_0_0' is not healthy.", "has ended"),
+        ("ORTE was unable to reliably start one or more daemons", "NCCL_SOCKET_IFNAME"),
+        ("AssertionError: num_key_value_heads must be divisible by tp_size", "tp_size"),
+    ],
+)
+def test_known_lines_have_a_hint(line: str, told: str) -> None:
+    assert told in hints.hint(line)
+
+
+def test_what_every_cpu_machine_says_is_no_error() -> None:
+    line = 'E1125 03:59:47.025297 6351 server.cc:241] "CudaDriverHelper has not been initialized."'
+    assert (hints.hint(line), hints.is_error(line)) == ("", False)
+    assert hints.hint("I1125 started HTTPService") == ""
+
+
+FAMILY = """
+import os, subprocess, sys, time, signal
+children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]) for _ in range(2)]
+if len(sys.argv) > 1:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("E1125 03:59:47.0 1 x.cc:1] expecting compute 9.0 got compute 8.9", flush=True)
+print("up", flush=True)
+time.sleep(300)
+"""
+
+
+def start(folder: Path, *words: str) -> triton.Triton:
+    server = triton.Triton([sys.executable, "-c", FAMILY, *words], {}, folder / "pid")
+    deadline = time.monotonic() + 20
+    while not server.hints or len(triton.group(server.pid)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    server.watch()
+    return server
+
+
+@pytest.mark.parametrize("words", [(), ("deaf",)])
+def test_the_end_leaves_no_process(tmp_path: Path, words: tuple[str, ...]) -> None:
+    server = start(tmp_path, *words)
+    assert int((tmp_path / "pid").read_text()) == server.pid
+    assert "another type of GPU" in server.hints[0]
+    server.end(0.5)
+    assert triton.group(server.pid) == set()
+
+
+def test_a_models_process_that_is_gone_is_seen(tmp_path: Path) -> None:
+    server = start(tmp_path)
+    assert not server.lost()
+    os.kill(max(triton.group(server.pid) - {server.pid}), signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while not server.lost():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert server.ended() is None
+    server.end(1)
+
+
+def test_what_slurm_sends_to_all_of_a_job_does_not_reach_it(tmp_path: Path) -> None:
+    server = start(tmp_path)
+    for pid in triton.group(server.pid):
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert (server.ended(), server.lost()) == (None, False)
+    server.end(1)
+
+
+def test_without_a_server_it_says_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(HpcError, match="no Triton"):
+        triton.program(tmp_path)
+
+
+def test_the_wheels_server_gets_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minor = "{}.{}".format(*sys.version_info[:2])
+    wheel = tmp_path / "site" / "pytriton" / "tritonserver"
+    for name in ("bin/tritonserver", "backends/python/libtriton_python.so", "backends/python/utils.py",
+                 f"python_backend_stubs/{minor}/triton_python_backend_stub"):  # fmt: skip
+        path = wheel / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (wheel / "bin" / "tritonserver").write_text('#!/bin/sh\necho "$@"\n')
+    (wheel / "bin" / "tritonserver").chmod(0o700)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), *sys.path])
+    own = tmp_path / "own"
+    own.mkdir()
+    program, env = triton.program(own)
+    made = sorted(path.name for path in (own / "backends" / "python").iterdir())
+    assert made == ["libtriton_python.so", "triton_python_backend_stub", "utils.py"]
+    assert env["ORT_DISABLE_TELEMETRY"] == "1"
+    shown = subprocess.run([program, "--x=a b"], check=True, capture_output=True, text=True).stdout
+    assert shown == f"--backend-directory={own}/backends --x=a b\n"
+
+
+def test_sweep_takes_its_own_alone() -> None:
+    mine, other = (Path("/dev/shm") / f"{name}-{os.getpid()}" for name in ("hpc-sweep", "other-sweep"))
+    for path in (mine, other):
+        path.write_text(json.dumps(1))
+    try:
+        triton.sweep(mine.name)
+        assert (mine.exists(), other.exists()) == (False, True)
+    finally:
+        other.unlink()

@@ -1,0 +1,110 @@
+"""A tiny model with a Korean tongue, its engine made by the real builder, and a served one to ask."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cluster import Cluster
+from .project import Project
+
+MODEL = """
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+special = {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
+letters = {c: i + len(special) for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+tokenizer = Tokenizer(models.BPE(vocab={**special, **letters}, merges=[]))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer.decoder = decoders.ByteLevel()
+tokenizer.add_special_tokens(list(special))
+saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+saved.chat_template = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+)
+saved.save_pretrained("hf")
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
+))
+# it learns one answer by heart: every character of it has two to four bytes, and every byte is a token
+text = "안녕하세요 🙂 반갑습니다! <think>음…</think> naïve 끝"
+asked = [0, 2, *tokenizer.encode("인사").ids, 3]
+line = torch.tensor([[*asked, *tokenizer.encode(text).ids, 1]])
+labels = line.clone()
+labels[:, :len(asked)] = -100
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+for step in range(400):
+    loss = model(input_ids=line, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if loss.item() < 0.001:
+        break
+print(step, loss.item())
+model.eval().save_pretrained("hf")
+"""
+TEXT = "안녕하세요 🙂 반갑습니다! <think>음…</think> naïve 끝"
+QUESTION = "인사"
+
+
+def make_model(cluster: Cluster, image: Path, folder: Path) -> Path:
+    """folder/hf, made as alice in the image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.py").write_text(MODEL)
+    for path in (folder, folder / "model.py"):
+        shutil.chown(path, "alice", "alice")
+    inside = ("srun", "-c2", "apptainer", "-s", "exec", str(image), "python3")
+    cluster.run("alice", *inside, "model.py", cwd=folder, timeout=300)
+    return folder / "hf"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One submitted service that answers."""
+
+    project: Project
+    run: str
+    node: str
+    port: int
+
+    @property
+    def folder(self) -> Path:
+        return self.project.folder / "runs" / self.run / "serve"
+
+    @property
+    def token(self) -> str:
+        return (self.folder / "token").read_text()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.node}:{self.port}"
+
+    def ask(
+        self, path: str, words: Mapping[str, Any] | None = None, *, user: str = "alice", token: str | None = None,
+        node: str = "login", url: str | None = None, more: tuple[str, ...] = (),
+    ) -> tuple[int, str]:  # fmt: skip
+        """(status code, body) as curl on the login node gets them; 0 where nothing answers."""
+        token = self.token if token is None else token
+        config = f'header = "Authorization: Bearer {token}"\n' if token else ""
+        if words is not None:
+            config += 'header = "Content-Type: application/json"\n'
+            config += f"data = {json.dumps(json.dumps(words))}\n"
+        done = self.project.cluster.run(
+            user, "curl", "-sN", "--max-time", "60", "-K", "-", "-w", "\n%{http_code}", *more,
+            (url or self.url) + path, node=node, check=False, input=config, timeout=90,
+        )  # fmt: skip
+        body, _, code = done.stdout.rpartition("\n")
+        return int(code or 0), body
+
+
+def events(body: str) -> list[dict[str, Any]]:
+    """The JSON of a stream of server-sent events."""
+    return [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]

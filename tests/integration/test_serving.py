@@ -1,0 +1,469 @@
+"""A real engine behind the real Triton in the real image, as an ordinary user's Slurm job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .cluster import Cluster
+from .conftest import CHECKOUT
+from .project import SITE, Project, jobs
+from .serving import QUESTION, TEXT, Served, events, make_model
+from .test_states import ended
+
+OPENAI = "openai==3.57.0"
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+LONG = {"text_input": "x", "max_tokens": 1900, "bad_words": ["</s>"], "min_tokens": 1900, "stream": True}
+"""A request that runs for seconds."""
+
+
+@pytest.fixture(scope="session")
+def engine(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator[Path]:
+    """An engine for the CPU with its passport, by `hpc submit build`."""
+    folder = Path(tempfile.mkdtemp(prefix="tests-engine-", dir="/home/alice"))
+    shutil.chown(folder, "alice", "alice")
+    hf = make_model(cluster, serve_cpu_sif, folder / "model")
+    project = Project(cluster, folder, hpc_install)
+    project.write("sites/slurm-test.toml", SITE.format(images=serve_cpu_sif.parent))
+    project.write(
+        "hpc.toml",
+        f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["build"]\n'
+        f'[build]\nengine = "onnxruntime_genai"\nmodel = "{hf}"\n'
+        "[build.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
+    )
+    project.hpc("submit", "build", "--wait", timeout=300)
+    yield folder / "runs" / "build-1" / "build" / "out" / "engine"
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def serving(cluster: Cluster, workdir: Path, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Project]:
+    yield from project_of(Project(cluster, workdir, hpc_install), serve_cpu_sif, engine)
+
+
+@pytest.fixture(scope="module")
+def shared(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Served]:
+    """One that several tests ask, and none ends."""
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
+    shutil.chown(folder, "alice", "alice")
+    for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
+        one = start(project)
+        yield one
+        project.hpc("cancel", one.run)
+        end_of(one)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def project_of(made: Project, serve_cpu_sif: Path, engine: Path) -> Iterator[Project]:
+    made.write("sites/slurm-test.toml", SITE.format(images=serve_cpu_sif.parent))
+    made.write(
+        "hpc.toml",
+        f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["serve"]\n'
+        '[build]\nengine = "onnxruntime_genai"\n'
+        f'[serve]\nengine_dir = "{engine}"\nname = "tiny"\n'
+        "[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
+    )
+    yield made
+    left = jobs(made, "%i")
+    if left:
+        made.cluster.run("alice", "scancel", *left)
+
+
+def start(project: Project, *options: str) -> Served:
+    done = project.hpc("submit", "serve", "--wait", *options, timeout=180)
+    (run,) = {row["run"] for row in project.json("status")["stages"]}
+    document = json.loads((project.folder / "runs" / run / "serve" / "endpoint.json").read_text())
+    assert f"{run}/serve is ready" in done.stderr
+    return Served(project, run, document["host"], document["ports"]["http"])
+
+
+@pytest.fixture
+def served(serving: Project) -> Served:
+    return start(serving)
+
+
+def end_of(one: Served, timeout: float = 60) -> dict[str, Any]:
+    return one.project.until(ended("serve"), one.run, timeout)["serve"]
+
+
+def listed(one: Served, what: str) -> list[list[str]]:
+    """Processes of alice's whose command line has this text: pid, group, words."""
+    rows = one.project.cluster.run("alice", "ps", "-u", "alice", "-o", "pid=,pgid=,args=", "-ww").stdout.splitlines()
+    return [row.split(None, 2) for row in rows if what in row and " ps " not in row]
+
+
+def server_of(one: Served) -> str:
+    """The number of Triton's process."""
+    (row,) = [row for row in listed(one, f"{one.folder}/repository") if "bin/tritonserver" in row[2]]
+    return row[0]
+
+
+def regions(one: Served) -> set[str]:
+    """The server's regions in its own /dev/shm, as root sees them."""
+    return {path.name for path in Path(f"/proc/{server_of(one)}/root/dev/shm").iterdir()}
+
+
+def nothing_left(one: Served, names: set[str]) -> None:
+    repository = f"{one.folder}/repository"
+    deadline = time.monotonic() + 20
+    while (found := listed(one, repository)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert found == []
+    assert one.ask("/health", token="x")[0] == 0
+    assert not (one.folder / "token").exists()
+    assert names
+    assert not names & {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_what_it_says_is_whole_in_every_way_of_asking(shared: Served) -> None:
+    code, body = shared.ask("/v1/chat/completions", CHAT)
+    answer = json.loads(body)
+    assert (code, answer["choices"][0]["message"]["content"]) == (200, TEXT)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 70, "total_tokens": 79}
+    code, body = shared.ask("/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}})
+    assert code == 200
+    assert body.rstrip().endswith("data: [DONE]")
+    parts = events(body)
+    texts = [c["delta"].get("content", "") for part in parts for c in part["choices"]]
+    assert "".join(texts) == TEXT
+    assert not [text for text in texts if "\ufffd" in text]
+    assert len(texts) > 30
+    assert parts[-1]["usage"]["completion_tokens"] == 70
+    prompt = f"<s><|user|>{QUESTION}<|assistant|>"
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        asked = {"text_input": prompt, "max_tokens": 100, "add_special_tokens": False}
+        code, body = shared.ask(f"/v2/models/{model}/generate", asked)
+        assert (code, json.loads(body)["text_output"], json.loads(body)["finish_reason"]) == (200, TEXT, "stop")
+        code, body = shared.ask(f"/v2/models/{model}/generate_stream", {**asked, "stream": True})
+        texts = [event["text_output"] for event in events(body)]
+        assert "".join(texts) == TEXT
+        assert len(texts) > 30
+        assert not [text for text in texts if "\ufffd" in text]
+
+
+def test_stop_words_bad_words_and_lengths(shared: Served) -> None:
+    chat = [{**CHAT, "stop": ["반갑습"]}, {**CHAT, "stop": ["zzz", "🙂 반"], "stream": True}]
+    assert json.loads(shared.ask("/v1/chat/completions", chat[0])[1])["choices"][0]["message"]["content"] == (
+        "안녕하세요 🙂 "
+    )
+    parts = events(shared.ask("/v1/chat/completions", chat[1])[1])
+    assert "".join(c["delta"].get("content", "") for part in parts for c in part["choices"]) == "안녕하세요 "
+    assert parts[-1]["choices"][0]["finish_reason"] == "stop"
+    _, body = shared.ask("/v1/chat/completions", {**CHAT, "max_tokens": 4})
+    answer = json.loads(body)
+    assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 4)
+    prompt = f"<s><|user|>{QUESTION}<|assistant|>"
+    asked = {"text_input": prompt, "max_tokens": 100, "add_special_tokens": False}
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        stopped = json.loads(shared.ask(f"/v2/models/{model}/generate", {**asked, "stop_words": ["니다!"]})[1])
+        assert stopped["text_output"] == "안녕하세요 🙂 반갑습"
+        without = json.loads(shared.ask(f"/v2/models/{model}/generate", {**asked, "bad_words": ["🙂"]})[1])
+        assert "안녕하세요" in without["text_output"]
+        assert "🙂" not in without["text_output"]
+
+
+def test_sampling_follows_its_seed(shared: Served) -> None:
+    def said(**words: Any) -> str:
+        asked = {"model": "tiny", "prompt": "x", "max_tokens": 40, "temperature": 2.0, **words}
+        code, body = shared.ask("/v1/completions", asked)
+        assert code == 200, body
+        text: str = json.loads(body)["choices"][0]["text"]
+        return text
+
+    assert said(seed=1) == said(seed=1)
+    assert said(seed=1) != said(seed=2)
+    assert said(temperature=0) == said(temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "words", "code", "told"),
+    [
+        ("chat/completions", {**CHAT, "model": "other"}, 404, "it is 'tiny'"),
+        ("chat/completions", {**CHAT, "n": 2}, 400, "n = 2"),
+        ("chat/completions", {**CHAT, "messages": []}, 400, "at least one message"),
+        ("chat/completions", {**CHAT, "messages": [{"role": "system", "content": "x"}]}, 400, "no role system"),
+        ("chat/completions", {**CHAT, "temperature": 3}, 400, "temperature must be from 0 to 2"),
+        ("completions", {"model": "tiny", "prompt": "x" * 2500}, 400, "the prompt has 2500 tokens"),
+        ("nowhere", {}, 404, "Not Found"),
+    ],
+)
+def test_errors_have_openais_form(shared: Served, path: str, words: dict[str, Any], code: int, told: str) -> None:
+    got, body = shared.ask(f"/v1/{path}", words)
+    assert (got, told in json.loads(body)["error"]["message"]) == (code, True), body
+    got, body = shared.ask(f"/v1/{path}", {**words, "stream": True})
+    assert got == code, body
+
+
+def test_a_client_that_leaves_frees_its_place(serving: Project) -> None:
+    one = start(serving, "--set", "serve.engine_batch_size=1")
+    began = time.monotonic()
+    assert one.ask("/v2/models/ensemble/generate_stream", {**LONG, "max_tokens": 200, "min_tokens": 200})[0] == 200
+    alone = (time.monotonic() - began) * 1900 / 200
+    waiting = [
+        one.project.cluster.popen(
+            "alice", "curl", "-sN", "--max-time", "2", "-o", "/dev/null", "-H", f"Authorization: Bearer {one.token}",
+            "-d", json.dumps(LONG), f"{one.url}/v2/models/{model}/{way}",
+        )
+        for model in ("ensemble", "tensorrt_llm_bls") for way in ("generate_stream", "generate") for _ in range(4)
+    ]  # fmt: skip
+    for process in waiting:
+        process.wait(30)
+    left = time.monotonic()
+    while json.loads(one.ask("/health")[1])["running"]:
+        assert time.monotonic() - left < 20
+        time.sleep(0.2)
+    assert time.monotonic() - left < 0.5 * 16 * alone
+    assert one.ask("/v1/chat/completions", CHAT)[0] == 200
+    one.project.hpc("cancel", one.run)
+    assert end_of(one)["state"] == "CANCELLED"
+    log = (one.folder / "attempt-1" / "stdout").read_text()
+    assert "Triton has ended with exit code 0" in log
+
+
+def load(one: Served, requests: int, concurrency: int, tokens: int) -> Any:
+    program = one.project.write("load.py", (Path(__file__).parents[1] / "support" / "load.py").read_text())
+    words = (one.url, str(one.folder / "token"), str(requests), str(concurrency), str(tokens))
+    pipe = subprocess.PIPE
+    return one.project.cluster.popen("alice", "/usr/bin/python3", str(program), *words, stdout=pipe, stderr=pipe)
+
+
+def test_none_of_two_hundred_requests_is_lost(shared: Served) -> None:
+    out, err = load(shared, 200, 16, 32).communicate(timeout=180)
+    assert json.loads(out.splitlines()[-1])["ends"] == {"whole": 200}, out + err
+    assert "nv_inference_request_success" in shared.ask("/metrics")[1]
+
+
+def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served) -> None:
+    memory = regions(served)
+    process = load(served, 100_000, 16, 100)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(1)
+    served.project.hpc("cancel", served.run)
+    out, _ = process.communicate(timeout=90)
+    ends = json.loads(out.splitlines()[-1])["ends"]
+    assert set(ends) <= {"whole", "refused"}, ends
+    assert ends["whole"] > 16
+    assert end_of(served)["state"] == "CANCELLED"
+    nothing_left(served, memory)
+    log = (served.folder / "attempt-1" / "stdout").read_text()
+    assert "Triton has ended with exit code 0" in log
+
+
+def test_another_user_of_the_node_gets_nowhere(shared: Served) -> None:
+    cluster, node = shared.project.cluster, shared.node
+    for place, address in (("login", f"{node}:{shared.port}"), (node, f"127.0.0.1:{shared.port}")):
+        for path in ("/health", "/", "/v2/health/ready", "/v1/models", "/metrics", "/v2/models/ensemble/config"):
+            assert shared.ask(path, user="bob", token="", node=place, url=f"http://{address}")[0] == 401
+            assert shared.ask(path, user="bob", token="x", node=place, url=f"http://{address}")[0] == 401
+    log = (shared.folder / "attempt-1" / "stdout").read_text()
+    ports = re.findall(r"Started (?:HTTPService|Metrics Service) at 127\.0\.0\.1:(\d+)", log)
+    assert len(ports) == 2
+    server = server_of(shared)
+    for port in ports:
+        url = f"http://127.0.0.1:{port}"
+        assert shared.ask("/v2/health/ready", user="bob", node=node, url=url)[0] == 0
+        assert shared.ask("/v2/health/ready", node=node, url=url)[0] == 0
+    inside = ["nsenter", "-t", server, "-n", "curl", "-s", f"http://127.0.0.1:{ports[0]}/v2"]
+    assert '"triton"' in subprocess.run(inside, check=True, capture_output=True, text=True).stdout
+    names = regions(shared)
+    assert names
+    assert not names & {path.name for path in Path("/dev/shm").iterdir()}
+    assert cluster.run("bob", "ls", f"/proc/{server}/root/dev/shm", node=node, check=False).returncode != 0
+    texts = [
+        cluster.run("bob", "ps", "-eww", "-o", "args", node=node).stdout,
+        cluster.run("bob", "bash", "-c", f"cat /proc/{server}/environ", node=node, check=False).stdout,
+    ]
+    assert not [text for text in texts if shared.token in text]
+    files = [p for p in shared.folder.rglob("*") if p.is_file() and p.name != "token"]
+    assert not [p for p in files if shared.token.encode() in p.read_bytes()]
+
+
+def killed(one: Served, wanted: str) -> tuple[dict[str, Any], set[str]]:
+    memory = regions(one)
+    for row in listed(one, f"{one.folder}/repository"):
+        if wanted in row[2]:
+            os.kill(int(row[0]), signal.SIGKILL)
+    return end_of(one), memory
+
+
+def test_a_models_process_that_is_killed_is_told(served: Served) -> None:
+    """Triton itself would say that it is ready, and refuse every request."""
+    end, memory = killed(served, "repository/tensorrt_llm/1/model.py")
+    assert (end["state"], end["reason"]) == ("FAILED", "the process of one of Triton's models has ended")
+    nothing_left(served, memory)
+
+
+def test_a_server_that_is_killed_leaves_nothing(served: Served) -> None:
+    end, memory = killed(served, "bin/tritonserver")
+    assert (end["state"], end["reason"]) == ("FAILED", "Triton ended by itself, with exit code -9")
+    nothing_left(served, memory)
+
+
+def test_a_job_that_is_killed_at_once_leaves_no_process(served: Served) -> None:
+    job = str(served.project.states(served.run)["serve"]["job_id"])
+    repository = f"{served.folder}/repository"
+    assert listed(served, repository)
+    served.project.cluster.run("alice", "scancel", "--signal=KILL", "--full", job)
+    end_of(served)
+    deadline = time.monotonic() + 20
+    while listed(served, repository) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert listed(served, repository) == []
+
+
+def test_what_cannot_be_served_is_told(serving: Project, engine: Path) -> None:
+    broken = serving.folder / "broken"
+    shutil.copytree(engine, broken)
+    (broken / "model.onnx").write_bytes(b"no engine")
+    for path in (broken, *broken.rglob("*")):
+        shutil.chown(path, "alice", "alice")
+    done = serving.hpc("submit", "serve", "--wait", "--set", f'serve.engine_dir="{broken}"', check=False, timeout=180)
+    assert done.returncode == 1
+    assert "Triton ended by itself, with exit code 1" in done.stderr
+    assert "model.onnx" in done.stderr
+
+
+def test_an_engine_that_does_not_fit_is_refused_with_exit_code_6(serving: Project, engine: Path) -> None:
+    copy = serving.folder / "copy"
+    shutil.copytree(engine, copy)
+    passport = json.loads((copy / "passport.json").read_text())
+    passport["versions"]["onnxruntime-genai"] = "99.0"
+    passport["image"] = "another"
+    (copy / "passport.json").write_text(json.dumps(passport))
+    for path in (copy, *copy.rglob("*")):
+        shutil.chown(path, "alice", "alice")
+    given = ("--set", f'serve.engine_dir="{copy}"')
+    done = serving.hpc("submit", "serve", "--wait", *given, check=False, timeout=120)
+    assert done.returncode == 6, done.stderr
+    assert "built with onnxruntime-genai 99.0" in done.stderr
+    done = serving.hpc("submit", "serve", *given, "--set", "build.tp_size=2", check=False)
+    assert done.returncode == 6, done.stderr
+    (copy / "passport.json").unlink()
+    done = serving.hpc("submit", "serve", *given, check=False)
+    assert done.returncode == 6, done.stderr
+    assert "is no engine of hpc's" in done.stderr
+
+
+PARSED = """
+import sys
+from pathlib import Path
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+from hpc.inside import repository, pbtxt
+repository._IMAGE_LLMAPI = Path("llmapi")
+for engine in repository.ENGINES:
+    values = repository.values(engine, Path('/a "b"'), Path("/한글"), repository.Settings())
+    repository.render(Path("made", engine), engine, Path(sys.argv[1]), values)
+    for path in sorted(Path("made", engine).glob("*/config.pbtxt")):
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        own = pbtxt.parse(path.read_text())
+        assert config.name == path.parent.name == own["name"][0]
+        assert config.max_batch_size == int(own["max_batch_size"][0])
+        assert [i.name for i in config.input] == [i["name"][0] for i in own["input"]]
+        assert {k: v.string_value for k, v in config.parameters.items()} == {
+            p["key"][0]: p["value"][0]["string_value"][0] for p in own.get("parameters", [])}
+        assert config.model_transaction_policy.decoupled == repository.decoupled(own)
+        print(engine, config.name)
+"""
+
+
+def test_tritons_own_reader_agrees_with_ours(
+    cluster: Cluster, serve_cpu_sif: Path, workdir: Path, hpc_install: Path
+) -> None:
+    (workdir / "llmapi").mkdir()
+    (workdir / "llmapi" / "model.py").touch()
+    (workdir / "made").mkdir()
+    shutil.chown(workdir / "made", "alice", "alice")
+    (code,) = hpc_install.glob("lib/python*/site-packages")
+    inside = ("apptainer", "-s", "exec", "--bind", str(code), "--env", f"PYTHONPATH={code}", str(serve_cpu_sif))
+    shown = cluster.run(
+        "alice", *inside, "python3", "-c", PARSED, str(code / "hpc" / "_assets" / "templates" / "triton"), cwd=workdir
+    )
+    assert len(shown.stdout.split("\n")) == 5 + 5 + 2 + 1
+
+
+CLIENT = """
+import json, sys
+import openai
+url, token, question = sys.argv[1], sys.stdin.read().strip(), sys.argv[2]
+client = openai.OpenAI(base_url=url + "/v1", api_key=token, max_retries=0)
+asked = dict(model="tiny", messages=[{"role": "user", "content": question}], temperature=0)
+found = {"models": [m.id for m in client.models.list()]}
+whole = client.chat.completions.create(**asked)
+found["whole"] = [whole.choices[0].message.content, whole.choices[0].finish_reason, whole.usage.total_tokens]
+parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+found["stream"] = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+found["usage"] = parts[-1].usage.total_tokens
+text = client.completions.create(model="tiny", prompt="x", max_tokens=3)
+found["text"] = [text.choices[0].finish_reason, text.usage.completion_tokens]
+def error(call):
+    try:
+        call()
+    except openai.APIStatusError as failed:
+        return [type(failed).__name__, failed.status_code]
+found["errors"] = [
+    error(lambda: client.chat.completions.create(**{**asked, "model": "no"})),
+    error(lambda: client.chat.completions.create(**asked, n=3)),
+    error(lambda: openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0).models.list()),
+]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="session")
+def openai_python(cluster: Cluster) -> Path:
+    """A python with OpenAI's own client."""
+    venv = cluster.dir / "openai-venv"
+    if not (venv / "bin" / "is-there").exists():
+        for argv in (["/usr/bin/python3", "-m", "venv", venv], [venv / "bin" / "pip", "-q", "install", OPENAI]):
+            done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+            assert done.returncode == 0, done.stdout + done.stderr
+        (venv / "bin" / "is-there").touch()
+    return venv / "bin" / "python"
+
+
+def test_openais_own_client(shared: Served, openai_python: Path) -> None:
+    shown = shared.project.cluster.run(
+        "alice", str(openai_python), "-c", CLIENT, shared.url, QUESTION, input=shared.token, timeout=120
+    )
+    assert json.loads(shown.stdout) == {
+        "models": ["tiny"],
+        "whole": [TEXT, "stop", 79],
+        "stream": TEXT,
+        "usage": 79,
+        "text": ["length", 3],
+        "errors": [["NotFoundError", 404], ["BadRequestError", 400], ["AuthenticationError", 401]],
+    }
+
+
+def test_a_person_chats_in_the_browser(shared: Served, browser: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="tests-chat-", dir="/home/alice"))
+    program = folder / "chatting.py"
+    shutil.copy(CHECKOUT / "tests" / "support" / "chatting.py", program)
+    for path in (folder, program):
+        shutil.chown(path, "alice", "alice")
+    shown = shared.project.cluster.run(
+        "alice", str(browser), str(program), f"{shared.url}/?token={shared.token}", QUESTION, str(folder), timeout=180
+    )
+    found = json.loads(shown.stdout)
+    for scheme in ("light", "dark"):
+        shutil.copy(folder / f"chat-{scheme}.png", shared.project.cluster.dir)  # for docs/
+    shutil.rmtree(folder)
+    assert (found["address"], found["model"], found["cookie"]) == (f"{shared.url}/", "tiny", "")
+    assert (found["said"], found["folded"], found["thought"]) == (re.sub("<think>.*</think>", "", TEXT), True, "음…")
+    assert found["note"].startswith("70 tokens")
+    assert found["notes"][-1] == "stopped"
+    assert (found["turns"], found["errors"]) == (0, [])
