@@ -1,3 +1,3 @@
-"""browser.py is a program for another environment: it cannot be imported here."""
+"""Programs for another environment: they cannot be imported here."""
 
 collect_ignore = ["browser.py", "chatting.py"]
