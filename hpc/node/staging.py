@@ -30,8 +30,8 @@ from hpc.core.errors import HpcError, VerificationFailed
 from hpc.node.deaf import deaf
 from hpc.node.slots import slot
 
-_CHUNK, _BUFFERS = 1 << 20, 4
-_FLUSH_S = 0.2
+_CHUNK, _BUFFERS = 1 << 20, 8
+_FLUSH_S = 0.1
 _GB = 1 << 30
 _SPARE = _GB
 """Bytes that stay free on the node's disk."""
