@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
@@ -30,7 +29,12 @@ from hpc.core.errors import HpcError, VerificationFailed
 from hpc.node.deaf import deaf
 from hpc.node.slots import slot
 
-_CHUNK, _BUFFERS = 1 << 20, 8
+_CHUNK = 1 << 20
+"""Bytes that are hashed at once."""
+_PIECE = 4 << 20
+"""Bytes that are copied at once."""
+_AHEAD = 256 << 20
+"""Bytes that the copying may be ahead of the hashing: they are read back from memory, not from the disk."""
 _FLUSH_S = 0.1
 _GB = 1 << 30
 _SPARE = _GB
@@ -179,34 +183,54 @@ def _waiting(size: int, tell: Tell) -> Callable[[], bool]:
 def _copy_hashed(source: int, part: Path, size: int, tell: Tell) -> str:
     """Copy and hash in one pass; the sha256 of what was written.
 
-    A chunk is hashed while it is written and the next ones follow, and the disk is kept busy meanwhile, so that little
-    is left to wait for at the end. The buffers are taken again: new ones would cost more than the copy.
+    The kernel copies, and beside it what has been written is hashed while it is still in memory; the disk is kept busy
+    meanwhile, so that little is left to wait for at the end.
     """
-    digest = hashlib.sha256()
-    buffers = [memoryview(bytearray(_CHUNK)) for _ in range(_BUFFERS)]
-    hashed: list[Future[None]] = [_over() for _ in buffers]
-    flushed, last_flush = _over(), time.monotonic()
-    done, started, told = 0, time.monotonic(), 0.0
-    with open(part, "wb", buffering=0) as target, _helper_thread() as hasher, _helper_thread() as flusher:
-        for turn in itertools.cycle(range(_BUFFERS)):
-            hashed[turn].result()
-            count = os.readv(source, [buffers[turn]])
+    digest, buffer, hashed = hashlib.sha256(), memoryview(bytearray(_CHUNK)), 0
+
+    def hash_up_to(end: int) -> None:
+        nonlocal hashed
+        while hashed < end:
+            count = os.preadv(target.fileno(), [buffer[: end - hashed]], hashed)
             if not count:
-                break
-            chunk = buffers[turn][:count]
-            hashed[turn] = hasher.submit(digest.update, chunk)
-            _write(target, chunk)
+                raise OSError(errno.EIO, f"{part.name} was cut")
+            digest.update(buffer[:count])
+            hashed += count
+
+    hashing, flushing, last_flush = _over(), _over(), time.monotonic()
+    done, started, told = 0, time.monotonic(), 0.0
+    with open(part, "w+b", buffering=0) as target, _helper_thread() as hasher, _helper_thread() as flusher:
+        while count := _copy_some(source, target, done):
             done += count
+            if hashing.done() or done - hashed > _AHEAD:
+                hashing.result()
+                hashing = hasher.submit(hash_up_to, done)
             now = time.monotonic()
-            if flushed.done() and now - last_flush >= _FLUSH_S:
-                flushed, last_flush = flusher.submit(os.fdatasync, target.fileno()), now
+            if flushing.done() and now - last_flush >= _FLUSH_S:
+                flushing.result()
+                flushing, last_flush = flusher.submit(os.fdatasync, target.fileno()), now
             if now - told >= _TELL_S or done == size:
                 told = now
                 tell(done, size, done / max(now - started, 1e-6))
-        for one in (*hashed, flushed):
-            one.result()
+        hashing.result()
+        hash_up_to(done)
+        flushing.result()
         os.fsync(target.fileno())
     return digest.hexdigest()
+
+
+def _copy_some(source: int, target: FileIO, offset: int) -> int:
+    """Some bytes from there on; how many, 0 at the end."""
+    try:
+        return os.sendfile(target.fileno(), source, offset, _PIECE)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    chunk = os.pread(source, _PIECE, offset)  # a file system whose files the kernel cannot send
+    view = memoryview(chunk)
+    while view:  # a raw write may take a part only
+        view = view[target.write(view) :]
+    return len(chunk)
 
 
 def _over() -> Future[None]:
@@ -214,12 +238,6 @@ def _over() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
-
-
-def _write(target: RawIOBase, chunk: memoryview) -> None:
-    """All of it: a raw write may take a part only."""
-    while chunk:
-        chunk = chunk[target.write(chunk) :]
 
 
 @contextmanager

@@ -95,15 +95,15 @@ def replace_by_rename(source: Path) -> None:
 
 def in_the_middle(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
     """Have it happen when a part of the source has been read."""
-    real, calls = os.readv, []
+    real, calls = os.sendfile, []
 
-    def readv(descriptor: int, buffers: list[memoryview]) -> int:
-        calls.append(descriptor)
+    def sendfile(*words: int) -> int:
+        calls.append(words)
         if len(calls) == 2:
             change()
-        return real(descriptor, buffers)
+        return real(*words)
 
-    monkeypatch.setattr(staging.os, "readv", readv)
+    monkeypatch.setattr(staging.os, "sendfile", sendfile)
 
 
 @pytest.mark.parametrize("change", [overwrite, cut])
@@ -126,6 +126,28 @@ def test_source_that_another_file_replaces_during_the_copy_is_the_one_that_was_p
     with staged(asked) as path:
         assert hashlib.sha256(path.read_bytes()).hexdigest() == asked.sha256
     assert hashlib.sha256(source.read_bytes()).hexdigest() != asked.sha256
+
+
+def test_file_system_whose_files_the_kernel_cannot_send(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sendfile(*words: int) -> int:
+        raise OSError(errno.EINVAL, "")
+
+    monkeypatch.setattr(staging.os, "sendfile", sendfile)
+    asked, told = wish(source, tmp_path), Told()
+    with staged(asked, told) as path:
+        assert path.read_bytes() == source.read_bytes()
+    assert told[-1][:2] == (SIZE, SIZE)
+
+
+def test_copying_waits_for_a_hash_that_is_far_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_AHEAD", 1)
+    asked = wish(source, tmp_path)
+    with staged(asked) as path:
+        assert path.read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "overwrite", "replace"])
