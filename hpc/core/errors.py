@@ -13,6 +13,9 @@ HpcError              1   the job, or what was asked, failed
 
 from __future__ import annotations
 
+STOPPED = 85
+"""Exit code of a stage, inside the image, that was asked to end, saved its work and left."""
+
 
 class HpcError(Exception):
     """What is wrong, in one sentence; `hint` says what to do about it."""

@@ -7,19 +7,18 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hpc.core.errors import HpcError, UsageError, did_you_mean
-from hpc.core.gpus import Found
-from hpc.core.shape import Shape
-from hpc.core.site import Site
+
+if TYPE_CHECKING:  # the node and the image import this file while the user waits
+    from hpc.core.gpus import Found
+    from hpc.core.shape import Shape
+    from hpc.core.site import Site
 
 Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
 Launcher = Literal["python", "workers"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
-
-STOPPED = 85
-"""Exit code of a stage that was asked to end, saved its work and left."""
 
 
 @dataclass(frozen=True, kw_only=True)

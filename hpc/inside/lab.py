@@ -30,11 +30,11 @@ from hpc.core import rundir
 from hpc.core import stage as stages
 from hpc.core.assets import PACKAGES
 from hpc.core.digest import Digests
-from hpc.core.errors import HpcError, Interrupted, UsageError, did_you_mean
+from hpc.core.errors import STOPPED, HpcError, Interrupted, UsageError, did_you_mean
 from hpc.core.plan import Environment, Plan, Planned, Wish, plan
 from hpc.core.rundir import AttemptDir, StageDir
 from hpc.core.site import Site
-from hpc.core.stage import STOPPED, Stage
+from hpc.core.stage import Stage
 from hpc.inside.service import as_a_child
 
 _LOOK_S = 0.2

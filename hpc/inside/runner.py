@@ -16,8 +16,8 @@ from typing import Any
 
 from hpc.core import config as configs
 from hpc.core import rundir
-from hpc.core.errors import HpcError
-from hpc.core.stage import STOPPED, Stage, load
+from hpc.core.errors import STOPPED, HpcError
+from hpc.core.stage import Stage, load
 from hpc.inside import once
 
 _PROGRESS_EVERY_S = 0.5

@@ -9,8 +9,7 @@ import signal
 from dataclasses import dataclass, field, replace
 
 from hpc.core import rundir
-from hpc.core.errors import HpcError
-from hpc.core.stage import STOPPED
+from hpc.core.errors import STOPPED, HpcError
 from hpc.node.launch import Launch
 
 _LOG_LINES = 15

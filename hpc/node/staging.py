@@ -17,17 +17,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import IO
 
 from hpc.core import rundir
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.node.deaf import deaf
 from hpc.node.slots import slot
+
+if TYPE_CHECKING:  # imported where a copy is made: a start that finds one is not to wait for it
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 _CHUNK = 1 << 20
 """Bytes that are hashed at once."""
@@ -235,6 +238,8 @@ def _copy_some(source: int, target: FileIO, offset: int) -> int:
 
 def _over() -> Future[None]:
     """Work that is done already."""
+    from concurrent.futures import Future
+
     future: Future[None] = Future()
     future.set_result(None)
     return future
@@ -243,6 +248,8 @@ def _over() -> Future[None]:
 @contextmanager
 def _helper_thread() -> Iterator[ThreadPoolExecutor]:
     """A thread beside the copying one, which takes no signal."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(1) as helper:
         with deaf():
             helper.submit(int)  # the pool starts its thread with its first work

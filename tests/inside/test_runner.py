@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from hpc.core import rundir
-from hpc.core.errors import UsageError
-from hpc.core.stage import STOPPED, Artifact, Context, Input, Resources, Stage
+from hpc.core.errors import STOPPED, UsageError
+from hpc.core.stage import Artifact, Context, Input, Resources, Stage
 from hpc.inside import runner
 
 

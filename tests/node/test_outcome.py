@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from hpc.core.errors import STOPPED
 from hpc.core.rundir import AttemptDir
-from hpc.core.stage import STOPPED
 from hpc.node.launch import Launch
 from hpc.node.outcome import Outcome, asked_to_end, blocked, cancelled, classify, could_not_start
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpc.core.errors import HpcError, UsageError
-from hpc.core.stage import STOPPED
+from hpc.core.errors import STOPPED, HpcError, UsageError
 from stages import finetune
 
 RunStage = Callable[..., Any]

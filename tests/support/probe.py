@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 from hpc.core.errors import HpcError
-from hpc.core.stage import STOPPED, Artifact, Context, Input, Resources, Stage
+from hpc.core.stage import Artifact, Context, Input, Resources, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
