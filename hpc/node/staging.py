@@ -21,8 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from hpc.core import rundir
 from hpc.core.errors import HpcError, VerificationFailed
