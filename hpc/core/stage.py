@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
+Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint"]
 Launcher = Literal["python", "workers"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
 
@@ -45,7 +45,7 @@ class Input:
 
     It comes from the field of the same name in the stage's config where that is set (a path, or for a model also
     a name on the hub), else from the stage before it that produces this kind, else it is what an earlier stage was
-    given under the same name.
+    given under the same name. An endpoint is the folder of a serving stage, or the address of another service.
     """
 
     kind: Kind

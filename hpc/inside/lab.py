@@ -131,7 +131,7 @@ class _Facts:
     def digest(self, path: str) -> str:
         return self.digests.of(Path(path))
 
-    def model(self, path: str) -> dict[str, Any] | None:
+    def document(self, path: str) -> dict[str, Any] | None:
         return rundir.read_json(Path(path) / "config.json")
 
     def environment(self, name: str) -> Environment:
