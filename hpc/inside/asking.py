@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core import endpoint
-from hpc.core.errors import NotReady, HpcError
+from hpc.core.errors import HpcError, NotReady
 from hpc.core.rundir import StageDir
 
 _AGAIN_S = 2.0
