@@ -58,7 +58,7 @@ class Served:
                 if time.monotonic() > until:
                     raise NotReady(
                         f"{self._where} has not answered for {self._patience_s:g} s: {away}",
-                        hint="start it again (hpc submit serve), then submit this stage once more: it goes on from here",
+                        hint="start it again (hpc submit serve), then submit this once more: it goes on from here",
                     ) from away
                 time.sleep(_AGAIN_S)
         return None

@@ -1,4 +1,4 @@
-"""generate: what is asked and kept, against a small server in this process that speaks OpenAI's API (a stub of a model)."""
+"""generate: what is asked and kept, against a small server in this process: a stub of a model behind OpenAI's API."""
 
 from __future__ import annotations
 
@@ -217,12 +217,12 @@ def test_a_stage_that_is_stopped_keeps_its_answers_and_goes_on_from_there(
     served = model.announce(tmp_path / "serve")
     monkeypatch.setattr(runner.RunContext, "stopping", lambda self: len(model.asked) >= 2)
     first = run_stage("generate", {"endpoint": served}, prompts=(prompts,), concurrency=1)
-    assert first.code == STOPPED and len(model.asked) == 2
+    assert (first.code, len(model.asked)) == (STOPPED, 2)
     with open(first.folder / "checkpoints" / "answers.jsonl", "a") as file:
         file.write('{"at": [4, 0], "te')  # killed while it wrote
     monkeypatch.undo()
     second = run_stage("generate", {"endpoint": served}, prompts=(prompts,), concurrency=1)
-    assert second.code == 0 and len(model.asked) == 5
+    assert (second.code, len(model.asked)) == (0, 5)
     assert second.metrics["rows"] == 5
 
 
