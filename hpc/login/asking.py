@@ -70,11 +70,11 @@ def _refusal(answer: bytes) -> str:
     return f"answers {first} to its own token" if first else "refuses the connection: nothing listens there"
 
 
-class _Connection(http.client.HTTPConnection):
+class Connection(http.client.HTTPConnection):
     """HTTP over a socket that somebody else opens."""
 
-    def __init__(self, open_: Callable[[], socket.socket]) -> None:
-        super().__init__("localhost", timeout=_ANSWER_S)
+    def __init__(self, open_: Callable[[], socket.socket], host: str = "localhost") -> None:
+        super().__init__(host)
         self._open = open_
 
     def connect(self) -> None:
@@ -82,7 +82,7 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _get(open_: Callable[[], socket.socket], path: str, token: str) -> Answer:
-    connection = _Connection(open_)
+    connection = Connection(open_)
     try:
         connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
         status = connection.getresponse().status

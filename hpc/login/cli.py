@@ -13,6 +13,7 @@ from typing import Any
 
 from hpc import __version__
 from hpc.core.errors import HpcError, UsageError, did_you_mean
+from hpc.login import talk
 
 _EXIT_CODES = """exit codes:
   0 done   1 failed   2 wrong usage or settings   3 refused: the plan cannot work
@@ -129,6 +130,7 @@ COMMANDS = {
     "logs": "what a stage printed",
     "cancel": "end a run's jobs, or one stage's",
     "tunnel": "reach a service from a laptop: waits until it answers, then prints the two steps",
+    **talk.SUMMARIES,
     "top": "how much my running stages use their GPUs, live",
     "shell": "a shell, or one program, beside a running stage: on its node, in its container",
     "reset": "end a stage's job and clear what a dead service left; data, notebooks and results stay",
@@ -173,6 +175,9 @@ def parser() -> argparse.ArgumentParser:
     made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
     made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
     _tunnel(made["tunnel"])
+    talk.add_query(made["query"])
+    talk.add_chat(made["chat"])
+    talk.add_bench(made["bench"])
     top_ = made["top"]
     top_.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: all of mine")
     top_.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two samples (2)")

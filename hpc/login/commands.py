@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from hpc.core import rundir
-from hpc.core import stage as stage_files
-from hpc.core.errors import NotFound, RuntimeUnavailable, UsageError, did_you_mean
-from hpc.core.rundir import RunDir, RunsDir
+from hpc.core.errors import NotFound, RuntimeUnavailable, UsageError
 from hpc.login import view
 from hpc.login.states import UNKNOWN, Scheduler, StageState, states
+from hpc.login.talk import bench, chat, query
+from hpc.login.targets import asked as _asked
+from hpc.login.targets import find as _find
+from hpc.login.targets import mine as _mine
+from hpc.login.targets import runs as _runs
+from hpc.login.targets import target as _target
+from hpc.login.targets import way as _way
+
+__all__ = ["bench", "chat", "query"]
 
 _LATEST = 10
 
@@ -89,7 +96,7 @@ def _status_once(options: argparse.Namespace) -> int:
         chosen = [(run, _asked(run))]
     else:
         stage = None
-        chosen = [(r, a) for r, a in everything if a["uid"] == _uid()]
+        chosen = [(r, a) for r, a in everything if a["uid"] == os.getuid()]
     scheduler = Scheduler()
     rows = [s for s in states(chosen, scheduler) if stage is None or s.stage == stage]
     hidden = 0
@@ -236,18 +243,6 @@ def tunnel(options: argparse.Namespace) -> int:
     return 0
 
 
-def _way(target: str | None) -> Any:
-    """The service that is meant, and how its site is reached."""
-    from hpc.login import tunnel as tunnels
-    from hpc.login.settings import locate, site_profile
-
-    mine = _mine()
-    run, stage = _find(target, mine) if target else (None, None)
-    chosen = mine if run is None or target == stage else [(run, _asked(run))]  # of a stage alone, any run's
-    service = tunnels.choose([(r, a) for r, a in chosen if stage is None or stage in a["keys"]], stage)
-    return tunnels.Way(service, site_profile(locate(), service.asked["site"]))
-
-
 def _explain(options: argparse.Namespace) -> int:
     """0: the text says something that is known; 1: it does not."""
     from hpc.login import tunnel as tunnels
@@ -329,60 +324,8 @@ def images(options: argparse.Namespace) -> int:
     return code
 
 
-def _runs() -> RunsDir:
-    from hpc.login.settings import locate
-
-    return RunsDir(locate().runs)
-
-
-def _mine() -> list[tuple[RunDir, dict[str, Any]]]:
-    return [(run, asked) for run, asked in _runs().runs() if asked["uid"] == _uid()]
-
-
-def _target(text: str | None) -> tuple[RunDir, str | None]:
-    """RUN[/STAGE], /STAGE or STAGE of the latest run, or nothing: the latest run of mine that is not about images."""
-    everything = _mine()
-    if text is None:
-        if not everything:
-            raise NotFound(f"there are no runs in {_runs().path}", hint="`hpc submit pipeline` starts one")
-        return next((run for run, _ in everything if not run.of_images), everything[0][0]), None
-    return _find(text, everything)
-
-
-def _find(text: str, everything: Sequence[tuple[RunDir, Mapping[str, Any]]]) -> tuple[RunDir, str | None]:
-    name, _, stage = text.partition("/")
-    by_name = {run.id: (run, asked) for run, asked in everything}
-    if name not in by_name and not stage and name in stage_files.available():
-        latest = next(((r, a) for r, a in everything if name in a["keys"]), None)
-        if latest is None:
-            raise NotFound(f"no run has a stage '{name}' yet", hint=f"`hpc submit {name}` starts one")
-        return latest[0], name
-    if name not in by_name:
-        hint = did_you_mean(name, list(by_name)[:20]) if by_name else "`hpc submit pipeline` starts one"
-        raise NotFound(f"there is no run '{name}' in {_runs().path}", hint=hint)
-    run, asked = by_name[name]
-    if stage and stage not in asked["keys"]:
-        if stage not in stage_files.available():
-            raise UsageError(f"there is no stage '{stage}'", hint=did_you_mean(stage, list(asked["keys"])))
-        raise NotFound(f"{run.id} has no stage '{stage}'", hint=f"it has: {', '.join(asked['keys'])}")
-    return run, stage or None
-
-
-def _asked(run: RunDir) -> Mapping[str, Any]:
-    document = rundir.read_json(run.run)
-    if document is None:
-        raise NotFound(f"{run.path} is not a run", hint="`hpc status` lists the runs")
-    return document
-
-
 def _rows(rows: Sequence[StageState]) -> dict[str, Any]:
     return {"stages": [asdict(s) for s in rows]}
-
-
-def _uid() -> int:
-    import os
-
-    return os.getuid()
 
 
 def _chatter(text: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpc.core.errors import HpcError, Interrupted, NotReady, RuntimeUnavailable
-from hpc.login import explain, route, ssh, via
+from hpc.login import explain, opened, route, ssh, via
 from hpc.login.link import Guard, Link
 from hpc.login.route import Service
 from hpc.login.via import Place
@@ -102,6 +102,7 @@ class Tunnel:
                 return self._over(error)
 
     def close(self) -> None:
+        opened.forget(self._local)
         for link in (self._node, self._login):
             if link is not None:
                 link.close()
@@ -181,7 +182,9 @@ class Tunnel:
             if local != dict(wishes):
                 _say(f"local port {_numbers(wishes)} is taken; {_numbers(local)} is used instead")
             link.forward(service.forwards(local))
+            opened.forget(self._local)
             self._local = local
+        opened.note(self._local, service.token)
         deadline = time.monotonic() + _ANSWER_S
         while (why := self._problem()) is not None:
             if time.monotonic() > deadline or self._login.lost or link.lost:

@@ -59,12 +59,17 @@ class Way:
         return self.line(endpoint).sockets if self.reach(endpoint) == "relay" else {}
 
 
-def choose(runs: Runs, stage: str | None) -> Service:
-    """The latest service among these runs that is at work, else the latest. NotFound where none of them has one."""
-    found = [Service(r, a, name) for r, a in runs for name in a["keys"] if stage in (None, name) and _serves(r, name)]
+def choose(runs: Runs, stage: str | None, *, models: bool = False) -> Service:
+    """The latest service among these runs that is at work, else the latest. NotFound where none of them has one.
+
+    `models`: only services that answer with a model.
+    """
+    fits = _answers if models else _serves
+    found = [Service(r, a, name) for r, a in runs for name in a["keys"] if stage in (None, name) and fits(r, name)]
     if not found:
         what = f"{runs[0][0].id} has" if len(runs) == 1 else "you have"
-        raise NotFound(f"{what} no service{f' {stage}' if stage else ''}", hint="`hpc submit jupyter` starts one")
+        kind, one = ("served model", "serve") if models else ("service", "jupyter")
+        raise NotFound(f"{what} no {kind}{f' {stage}' if stage else ''}", hint=f"`hpc submit {one}` starts one")
     if len(found) == 1:
         return found[0]
     found = found[:_SEARCHED]
@@ -81,6 +86,14 @@ def _serves(run: RunDir, name: str) -> bool:
     if name in stages.available():
         return stages.load(name).service
     return "bind" in (rundir.read_json(run.stage(name).config) or {})
+
+
+def _answers(run: RunDir, name: str) -> bool:
+    """Whether this stage is a service that answers with a model: it serves an engine."""
+    if name in stages.available():
+        stage = stages.load(name)
+        return stage.service and any(thing.kind == "engine" for thing in stage.consumes.values())
+    return _serves(run, name) and "engine" in (rundir.read_json(run.stage(name).config) or {})
 
 
 def find(way: Way, *, host: str | None, first: int | None, wait: bool) -> Callable[[str], Tunnel]:
@@ -127,7 +140,7 @@ def keep(tunnel: Tunnel) -> Path:
 def stop(way: Way) -> int:
     """End the relay that runs here for this service; harmless where none does."""
     found = way.service.announced()
-    ended = found is not None and way.reach(found[0]) == "relay" and forward.stop(way.line(found[0]))
+    ended = found is not None and way.reach(found[0]) != "direct" and forward.stop(way.line(found[0]))
     print(f"{way.service.what}: {'the relay has ended' if ended else 'no relay runs here'}", file=sys.stderr)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 from unicodedata import east_asian_width
 
@@ -160,3 +160,43 @@ def clock(seconds: float | None) -> str:
     if days:
         return f"{days}-{hours:02}:{minutes:02}:{secs:02}"
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def bench(document: Mapping[str, Any], out: IO[str]) -> None:
+    """Two tables: what was done in all, and how long single requests took; then how far two engines agree."""
+    rows = [(e["name"], _load(level), level) for e in document["endpoints"] for level in e["levels"]]
+    goodput = bool(document["slo_ms"])
+    totals = [
+        (name, load, f"{level['answered']}", f"{sum(level['errors'].values())}", f"{level['seconds']:.1f}",
+         f"{level['tokens_per_s']:.1f}", f"{level['requests_per_s']:.2f}",
+         *([f"{level['goodput']['requests_per_s']:.2f} ({level['goodput']['share']:.0%})"] if goodput else []))
+        for name, load, level in rows
+    ]  # fmt: skip
+    headings = ("ENDPOINT", "LOAD", "ANSWERED", "ERRORS", "SECONDS", "TOKENS/S", "REQUESTS/S")
+    table((*headings, *(["GOODPUT/S"] if goodput else [])), totals, out)
+    out.write("\n")
+    single = [
+        (name, load, words, *(_ms(level[f"{metric}_ms"][key]) for key in ("mean", "p50", "p90", "p95", "p99", "max")))
+        for name, load, level in rows
+        for metric, words in {"ttft": "first token", "itl": "next token", "e2e": "whole answer"}.items()
+        if level[f"{metric}_ms"]
+    ]
+    if single:
+        table(("ENDPOINT", "LOAD", "MILLISECONDS", "MEAN", "P50", "P90", "P95", "P99", "MAX"), single, out)
+    for name, load, level in rows:
+        for error, number in level["errors"].items():
+            out.write(f"\n{name} {load}: {number} × {error}\n")
+    agreed = document.get("agreement")
+    if agreed and agreed["questions"]:
+        out.write(
+            f"\ngreedy answers to {agreed['questions']} questions: {agreed['equal']:.0%} are equal, "
+            f"and {agreed['common_prefix']:.0%} of an answer's letters are, until the first that differs\n"
+        )
+
+
+def _load(level: Mapping[str, Any]) -> str:
+    return f"c={level['concurrency']}" if level["concurrency"] else f"{level['rate']:g}/s"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"

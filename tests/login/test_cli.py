@@ -103,7 +103,7 @@ def test_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     ("argv", "said"),
     [
         (["statsu"], "error: there is no command 'statsu'\n  try: did you mean 'status'?\n"),
-        (["zzz"], "choose from: cancel, doctor"),
+        (["zzz"], "choose from: bench, cancel"),
         (["submit"], "error: the following arguments are required: STAGE|pipeline\n  try: `hpc submit --help`"),
         (["plan", "--bogus"], "unrecognized arguments: --bogus"),
         (["logs", "-n", "x"], "argument -n/--lines: invalid int value: 'x'"),
@@ -273,10 +273,10 @@ def test_run_whose_file_is_empty_is_passed_over(capsys: pytest.CaptureFixture[st
 
 def test_latest_run_is_none_of_images_where_there_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hpc.core.rundir import RunDir
-    from hpc.login import commands
+    from hpc.login import targets
 
     mine = [(RunDir(tmp_path / name), {}) for name in ("images-3", "pipeline-2", "finetune-1")]
-    monkeypatch.setattr(commands, "_mine", lambda: mine)
-    assert commands._target(None)[0].id == "pipeline-2"
-    monkeypatch.setattr(commands, "_mine", lambda: mine[:1])
-    assert commands._target(None)[0].id == "images-3"
+    monkeypatch.setattr(targets, "mine", lambda: mine)
+    assert targets.target(None)[0].id == "pipeline-2"
+    monkeypatch.setattr(targets, "mine", lambda: mine[:1])
+    assert targets.target(None)[0].id == "images-3"

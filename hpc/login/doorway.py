@@ -1,0 +1,132 @@
+"""Where a served model is asked from here: straight, through a step in its job, or by the address of an open tunnel."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from hpc.core.errors import NotReady, UsageError
+from hpc.login import forward, opened, ready
+from hpc.login.tunnel import Way
+
+_CONNECT_S = 10.0
+_SILENT_S = 900.0
+"""So long may nothing come of an answer: a long queue before the model."""
+_HERE = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doorway:
+    """One door, and the token that opens it."""
+
+    what: str
+    """RUN/STAGE, or its URL: for messages."""
+    address: tuple[str, int] | str
+    """Of HTTP: host and port, or a socket's path."""
+    grpc: str
+    """Of gRPC, as its library writes addresses; empty: it has none."""
+    token: str
+    tls: bool = False
+
+    @property
+    def host(self) -> str:
+        return "localhost" if isinstance(self.address, str) else self.address[0]
+
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+
+    def connect(self) -> socket.socket:
+        """A connection; NotReady where there is none to be had."""
+        try:
+            if isinstance(self.address, str):
+                connection = socket.socket(socket.AF_UNIX)
+                connection.settimeout(_CONNECT_S)
+                connection.connect(self.address)
+            else:
+                connection = socket.create_connection(self.address, _CONNECT_S)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.tls:
+                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=self.host)
+        except OSError as error:
+            raise self.silent(error) from None
+        connection.settimeout(_SILENT_S)
+        return connection
+
+    def silent(self, error: Exception) -> NotReady:
+        """Nothing answers there."""
+        said = (getattr(error, "strerror", "") or str(error) or "no answer in time").lower()
+        return NotReady(
+            f"{self.what} does not answer: {said}", hint="is the tunnel open, and the service ready? hpc tunnel"
+        )
+
+
+def of_service(way: Way, *, wait: bool) -> Doorway:
+    """The door of a run's service. NotReady, with the phase it is in, where it does not answer (yet)."""
+    with ready.line(sys.stderr) as say:
+        endpoint, token = ready.until_ready(way.service, way.ask, say, wait=wait)
+    if way.reach(endpoint) == "direct":
+        host = endpoint.bound if endpoint.bound.startswith("127.") else endpoint.host
+        grpc = f"{host}:{endpoint.ports['grpc']}" if "grpc" in endpoint.ports else ""
+        return Doorway(what=way.service.what, address=(host, endpoint.port), grpc=grpc, token=token)
+    line = way.line(endpoint)
+    forward.ensure(line)  # it ends with the job
+    grpc = f"unix:{line.sockets['grpc']}" if "grpc" in line.sockets else ""
+    return Doorway(what=way.service.what, address=next(iter(line.sockets.values())), grpc=grpc, token=token)
+
+
+def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
+    """The door behind an address, e.g. of an open tunnel; `hpc tunnel --via` on this machine has noted its token."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        port = parts.port or {"https": 443}.get(parts.scheme, 80)
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port:
+        raise UsageError(f"--url {url!r} is no address", hint="write e.g. --url http://localhost:9999")
+    if parts.query or parts.username:
+        raise UsageError(
+            "--url holds a token, which others may see in the list of processes", hint="leave it out: --token-file FILE"
+        )
+    noted = opened.known(port) if parts.hostname in _HERE else {}
+    token = _token(token_file) if token_file else env.get("HPC_TOKEN") or str(noted.get("token", ""))
+    if not token:
+        raise UsageError(
+            f"there is no token for {url}", hint="--token-file FILE, or HPC_TOKEN: `hpc tunnel` shows it in its address"
+        )
+    grpc_port = noted.get("ports", {}).get("grpc", port)
+    return Doorway(
+        what=f"{parts.scheme}://{parts.hostname}:{port}", address=(parts.hostname, port), token=token,
+        grpc=f"{parts.hostname}:{grpc_port}", tls=parts.scheme == "https",
+    )  # fmt: skip
+
+
+def _token(name: str) -> str:
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"there is no token file {name}", hint="it holds the token and nothing else, with mode 0600")
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UsageError(f"others may read {name}", hint=f"chmod 600 {name}")
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not token or not token.isascii() or len(token.split()) != 1:
+        raise UsageError(f"{name} holds no token", hint="the text after token= in the address that `hpc tunnel` shows")
+    return token
+
+
+def of_options(run: str | None, url: str | None, token_file: str | None, *, wait: bool) -> Doorway:
+    """The door that the command line means: a run's, or the one at --url."""
+    from hpc.login import targets
+
+    if url is not None:
+        if run:
+            raise UsageError("--url and a run are two doors", hint="name one of them")
+        return of_url(url, token_file, os.environ)
+    if token_file:
+        raise UsageError("--token-file goes with --url", hint="a run's token is found by itself")
+    return of_service(targets.way(run, models=True), wait=wait)
