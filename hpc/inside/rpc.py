@@ -190,7 +190,7 @@ class _Other:
         self._gone = True
         for future in self._held:
             future.cancel()
-        return any([self._door.stop(number) for number in self._running])
+        return sum(self._door.stop(number) for number in self._running) > 0
 
     def over(self) -> None:
         """The call has ended, and with it all that it asked for."""
