@@ -185,19 +185,19 @@ def run(config: ServeConfig, ctx: Context) -> None:
         told = serving.Settings(
             repository=str(folder), own=own, shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
-            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, port=0,
+            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
             world=config.tp_size * config.pp_size,
         )  # fmt: skip
 
         def argv(ports: Mapping[str, int]) -> Sequence[str]:
             path = Path(own) / "settings.json"
-            path.write_text(json.dumps({**asdict(told), "port": ports["http"]}))
+            path.write_text(json.dumps({**asdict(told), "ports": ports}))
             return [sys.executable, "-m", "hpc.inside.serving", str(path)]
 
         try:
             serve(ctx, Server(
-                argv=argv, env=lambda token: {serving.TOKEN: token}, health="/health", path="/",
+                argv=argv, env=lambda token: {serving.TOKEN: token}, health="/health", path="/", ports=STAGE.ports,
                 ready_s=config.ready_s + 60, grace_s=config.drain_s + 30, cwd=Path(own),
             ))  # fmt: skip
         except HpcError:
@@ -224,6 +224,7 @@ STAGE = Stage(
     check=check,
     service=True,
     private=True,
+    ports=("http", "grpc", "metrics"),
     launcher="workers",
     settings_of="build",
     settle=engines.settle,

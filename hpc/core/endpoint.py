@@ -12,8 +12,8 @@ from hpc.core.rundir import StageDir
 _SCHEMA = "hpc.endpoint/1"
 FIRST_PORT, LAST_PORT = 9000, 9999
 """Ports that are chosen from: high enough for everybody, below those that the kernel gives to clients."""
-HANDED = "HPC_LISTENING_SOCKET"
-"""The variable with the number of the open socket that a private service answers on."""
+HANDED = "HPC_LISTENING_SOCKETS"
+"""The variable with the numbers of the open sockets that a private service answers on: `http=5 grpc=6`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Endpoint:
     bound: str
     """The address that it listens on: 0.0.0.0 where other nodes reach it, else 127.0.0.1."""
     ports: Mapping[str, int]
-    """Name -> port; the first one is what a person opens: {"http": 9250}."""
+    """Name -> port; the first one is what a person opens: {"http": 9250, "grpc": 9251}."""
     path: str
     """Of the page that a person opens, e.g. /lab."""
     health: str
@@ -42,6 +42,16 @@ class Endpoint:
     @property
     def address(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+def handed(environment: Mapping[str, str]) -> dict[str, int]:
+    """Port name -> the number of its open socket, as the service was given them; nothing where it was given none.
+
+    >>> handed({HANDED: "http=5 grpc=6"}), handed({})
+    ({'http': 5, 'grpc': 6}, {})
+    """
+    pairs = (word.split("=") for word in environment.get(HANDED, "").split())
+    return {name: int(number) for name, number in pairs}
 
 
 def page(endpoint: Endpoint, token: str, port: int) -> str:

@@ -132,8 +132,10 @@ class Stage:
     service: bool = False
     """It serves until it is ended, by `hpc.inside.service`. It never completes, so nothing of it is taken over."""
     private: bool = False
-    """A service with a network and a shared memory of its own, which no other user of the node can reach. The port that
-    it answers on is opened outside, and handed in."""
+    """A service with a network and a shared memory of its own, which no other user of the node can reach. Its ports are
+    opened outside, and handed in."""
+    ports: tuple[str, ...] = ("http",)
+    """Their names; the first one answers HTTP."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
     launcher: Launcher = "python"

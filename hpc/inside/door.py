@@ -24,6 +24,8 @@ _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length",
      "authorization", "cookie", "proxy-authorization", "proxy-connection", "content-encoding", "accept-encoding"}
 )  # fmt: skip
+WANTS_TOKEN = "this service asks for its token: `hpc tunnel` shows the address with it"
+ENDING = "this service is ending"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -99,7 +101,7 @@ class Door:
             answer.set_cookie(self._cookie, self.token, httponly=True, samesite="Strict", path="/")
             raise answer
         if not self._may(request, shown):
-            return error(401, "this service asks for its token: `hpc tunnel` shows the address with it", "unauthorized")
+            return error(401, WANTS_TOKEN, "unauthorized")
         try:
             response = await handler(request)
         except web.HTTPException as failed:
@@ -110,11 +112,12 @@ class Door:
             response.headers.update(HEADERS)
         return response
 
+    def knows(self, authorization: str) -> bool:
+        """True for the header of somebody who has the token."""
+        return authorization.startswith("Bearer ") and self._is(authorization[7:].strip())
+
     def _may(self, request: Request, shown: str) -> bool:
-        given = request.headers.get("Authorization", "")
-        if given.startswith("Bearer ") and self._is(given[7:].strip()):
-            return True
-        if self._is(shown):
+        if self.knows(request.headers.get("Authorization", "")) or self._is(shown):
             return True
         origin = request.headers.get("Origin")
         foreign = origin is not None and urlsplit(origin).netloc != request.host  # another page of this browser
@@ -197,13 +200,14 @@ class Door:
         elif client.answer is not None:
             client.answer.close()
 
-    def stop(self, number: str) -> None:
-        """Tell the engine that nobody waits for this request's answer any more."""
+    def stop(self, number: str) -> bool:
+        """Tell the engine that nobody waits for this request's answer any more; False where it cannot be told."""
         if not number or not self._stop_model:
-            return
+            return False
         task = asyncio.ensure_future(self._tell(number))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+        return True
 
     async def _tell(self, number: str) -> None:
         from aiohttp import ClientError
@@ -268,7 +272,7 @@ def new_id() -> str:
 
 def closing() -> Response:
     """To whoever asks while the service ends."""
-    answer = error(503, "this service is ending", "unavailable")
+    answer = error(503, ENDING, "unavailable")
     answer.headers["Retry-After"] = "30"
     return answer
 

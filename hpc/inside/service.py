@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hpc.core import endpoint as endpoints
 from hpc.core import rundir
-from hpc.core.endpoint import FIRST_PORT, HANDED, LAST_PORT, Endpoint
+from hpc.core.endpoint import FIRST_PORT, LAST_PORT, Endpoint
 from hpc.core.errors import HpcError
 from hpc.core.rundir import StageDir
 from hpc.core.stage import Context
@@ -106,16 +106,16 @@ def _start(
     ctx: Context, server: Server, token: str, asked: _Asked
 ) -> tuple[subprocess.Popen[bytes], Mapping[str, int]]:
     """The program, answering (or ended, where that was asked for meanwhile), and its ports."""
-    sockets = _handed()
+    sockets = endpoints.handed(os.environ)
     for _ in range(_TRIES):
-        ports = _port_of(sockets[0], server) if sockets else free_ports(server.ports, server.wish, ctx.bind)
+        ports = _ports_of(sockets, server) if sockets else free_ports(server.ports, server.wish, ctx.bind)
         process = subprocess.Popen(
             server.argv(ports),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **server.env(token)},
             cwd=server.cwd,
             preexec_fn=as_a_child,
-            pass_fds=sockets,
+            pass_fds=tuple(sockets.values()),
         )
         if _answers(ctx, process, server, ports, token, asked):
             return process, ports
@@ -132,21 +132,19 @@ def _start(
     raise HpcError(f"no free port was found in {_TRIES} tries", hint="submit again, or on another node")
 
 
-def _handed() -> tuple[int, ...]:
-    """The open socket that a private service got from outside its network, as pass_fds takes it."""
-    number = os.environ.get(HANDED, "")
-    return (int(number),) if number else ()
-
-
-def _port_of(number: int, server: Server) -> dict[str, int]:
+def _ports_of(sockets: Mapping[str, int], server: Server) -> dict[str, int]:
+    """The ports of the open sockets that a private service got from outside its network."""
+    ports = {}
     try:
-        with socket.socket(fileno=os.dup(number)) as listening:
-            return {server.ports[0]: listening.getsockname()[1]}
+        for name in server.ports:
+            with socket.socket(fileno=os.dup(sockets[name])) as listening:
+                ports[name] = listening.getsockname()[1]
     except OSError as error:
         raise HpcError(
-            "the socket that was opened for this service did not reach it",
+            "the sockets that were opened for this service did not reach it",
             hint="does this Apptainer pass open files on? `hpc doctor` shows its version",
         ) from error
+    return ports
 
 
 def _answers(

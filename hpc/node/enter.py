@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,7 +52,9 @@ class Job:
     """True where no scheduler enforces the limit, so that this process must."""
     signal_delay_s: int = 90
     listen: str = ""
-    """The address of the socket that is opened for the payload, which has no network of its own."""
+    """The address of the sockets that are opened for the payload, which has an empty network."""
+    ports: tuple[str, ...] = ()
+    """Their names."""
 
 
 def enter(job: Job) -> None:
@@ -156,11 +158,11 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
 
 
 def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
-    with private.socket_for(job.listen) as sockets:
+    with private.sockets_for(job.listen, job.ports) as sockets:
         return _run_payload(job, attempt, watch, sockets)
 
 
-def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: tuple[int, ...]) -> outcome.Outcome:
+def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: Mapping[str, int]) -> outcome.Outcome:
     own = replace(job.launch, env={**job.launch.env, **private.handed(sockets)})
     env = process_env(own, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
@@ -174,7 +176,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: t
             stderr=stderr,
             env=env,
             preexec_fn=_die_with_us,
-            pass_fds=sockets,
+            pass_fds=tuple(sockets.values()),
         )
         for number in watch.signals:  # one that came while it was being started reached nobody
             watch.child.send_signal(number)
