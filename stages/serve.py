@@ -136,6 +136,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
+    from hpc.core.rundir import StageDir
     from hpc.inside import alone, matching, models, repository, serving, triton
     from hpc.inside.openai import Served
     from hpc.inside.service import Server, serve
@@ -183,7 +184,8 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
         told = serving.Settings(
-            repository=str(folder), own=own, shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
+            repository=str(folder), figures=str(StageDir(ctx.folder).figures), own=own,
+            shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
             stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,

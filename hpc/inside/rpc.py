@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from hpc.core.errors import HpcError
 from hpc.inside import pump
 from hpc.inside.door import ENDING, WANTS_TOKEN, Door, new_id
+from hpc.inside.figures import Request as Counted
 
 Call: TypeAlias = Any
 """grpc.aio's; loaded when the door opens, not when this module is."""
@@ -194,17 +195,19 @@ class _Other:
 
     def over(self) -> None:
         """The call has ended, and with it all that it asked for."""
-        self._door.running -= len(self._running)
-        self._running.clear()
+        for number in list(self._running):
+            self._is_over(number, left=self._gone)
 
     def _let_in(self, number: str, asked: bool = False) -> None:
         if number not in self._running:
-            self._door.running += 1
+            self._door.figures.running += 1
         self._running[number] = asked
 
-    def _is_over(self, number: str) -> None:
+    def _is_over(self, number: str, *, failed: bool = False, left: bool = False) -> None:
         if self._running.pop(number, None) is not None:
-            self._door.running -= 1
+            one = Counted()
+            one.failed, one.left = failed, left
+            self._door.figures.end(one)
 
 
 class _Single(_Other):
@@ -243,8 +246,9 @@ class _Stream(_Other):
         last = answer.parameters[_LAST].bool_param
         if not asked:
             del answer.parameters[_LAST]
+        self._door.figures.tokens += bool(answer.outputs)
         if last or response.error_message:
-            self._is_over(number)
+            self._is_over(number, failed=bool(response.error_message), left=self._gone)
         if last and not asked and not answer.outputs and not response.error_message:
             return None  # an empty one, which this client does not expect
         return bytes(response.SerializeToString())

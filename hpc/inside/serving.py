@@ -21,7 +21,7 @@ from typing import Any
 
 from hpc.core.endpoint import handed
 from hpc.core.errors import HpcError
-from hpc.inside import rpc, triton
+from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
 from hpc.inside.openai import Api, Served
@@ -37,6 +37,8 @@ class Settings:
     """All that the process is told, as JSON."""
 
     repository: str
+    figures: str
+    """The file that says how much it does."""
     own: str
     """A folder for this start alone: pid file, the reason of a failure."""
     shm: str
@@ -99,7 +101,11 @@ async def _serve(settings: Settings) -> int:
                 await web.SockSite(runner, listening).start()
             server.watch()
             door.ready = True
-            await _stay(server, asked)
+            told = asyncio.ensure_future(figures.keep(Path(settings.figures), door.figures, door.metrics_text))
+            try:
+                await _stay(server, asked)
+            finally:
+                told.cancel()
             await _drained(door, settings.drain_s)
         return 0
     finally:
