@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,6 +55,15 @@ def handed(environment: Mapping[str, str]) -> dict[str, int]:
     return {name: int(number) for name, number in pairs}
 
 
+def handing(sockets: Mapping[str, int]) -> dict[str, str]:
+    """The variable that tells a service of its open sockets, as `handed` reads it.
+
+    >>> handing({"http": 5, "grpc": 6}), handing({})
+    ({'HPC_LISTENING_SOCKETS': 'http=5 grpc=6'}, {})
+    """
+    return {HANDED: " ".join(f"{name}={number}" for name, number in sockets.items())} if sockets else {}
+
+
 def page(endpoint: Endpoint, token: str, port: int) -> str:
     """The address for the browser of a laptop where `port` leads to the service."""
     mark = "&" if "?" in endpoint.path else "?"
@@ -74,10 +84,22 @@ def read(folder: StageDir) -> Endpoint | None:
     return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
 
 
-def clear(folder: StageDir, job_id: str | None = None) -> None:
-    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile."""
+def clear(folder: StageDir, job_id: str | None = None, *, keep_token: bool = False) -> None:
+    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile.
+
+    A job that may be requeued keeps its token: whoever was let in is let in again.
+    """
     found = read(folder)
     if job_id is not None and found is not None and found.job_id != job_id:
         return
-    for path in (folder.endpoint, folder.token):
-        path.unlink(missing_ok=True)
+    folder.endpoint.unlink(missing_ok=True)
+    if not keep_token:
+        folder.token.unlink(missing_ok=True)
+
+
+def token_of(folder: StageDir) -> str:
+    """What an earlier start of the same job has left, else a new one."""
+    try:
+        return folder.token.read_text(encoding="utf-8") or secrets.token_urlsafe(32)
+    except FileNotFoundError:
+        return secrets.token_urlsafe(32)

@@ -113,8 +113,8 @@ _BY_OUR_ENGINE = {
         "input_map", CONTEXT="_context_ids", TEXT_BEGIN="_text_begin", TEXT_END="_text_end",
     ),
 }  # fmt: skip
-"""What our own engine's model takes and tells beyond the tokens: a LoRA adapter's name; which part of their text is certain, and
-why it ended."""
+"""What our own engine's model takes and tells beyond the tokens: an adapter's name; which part of their text is certain,
+and why it ended."""
 
 
 def _word(value: object) -> str:

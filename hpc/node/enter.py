@@ -62,7 +62,7 @@ def enter(job: Job) -> None:
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     attempt = stage_dir.attempt(job.attempt)
     _keep_earlier_outcome(attempt)
-    endpoint.clear(stage_dir)
+    endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
@@ -74,7 +74,7 @@ def enter(job: Job) -> None:
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""))
+    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=_may_return(result))
     watch.record(result)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
@@ -163,7 +163,7 @@ def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outco
 
 
 def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: Mapping[str, int]) -> outcome.Outcome:
-    own = replace(job.launch, env={**job.launch.env, **private.handed(sockets)})
+    own = replace(job.launch, env={**job.launch.env, **endpoint.handing(sockets)})
     env = process_env(own, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
@@ -293,6 +293,12 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+
+
+def _may_return(result: outcome.Outcome) -> bool:
+    """Whether Slurm may start this very job again: preempted, requeued, or cancelled, but not by `hpc cancel`."""
+    ended = result.state in {"PREEMPTED", "CANCELLED"} and result.resumable
+    return ended and os.environ.get("SLURM_JOB_ID") == _job_id()
 
 
 def _disk_full(path: Path) -> bool:

@@ -11,7 +11,7 @@ import random
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 
-from hpc.core.endpoint import FIRST_PORT, HANDED, LAST_PORT
+from hpc.core.endpoint import FIRST_PORT, LAST_PORT
 from hpc.core.errors import HpcError
 
 _BACKLOG = 128
@@ -34,8 +34,3 @@ def _bind(listening: socket.socket, address: str) -> None:
             listening.bind((address, port))
             return
     raise HpcError(f"all ports from {FIRST_PORT} to {LAST_PORT} are taken on this node", hint="submit again elsewhere")
-
-
-def handed(sockets: Mapping[str, int]) -> Mapping[str, str]:
-    """The variable that tells the service of them."""
-    return {HANDED: " ".join(f"{name}={number}" for name, number in sockets.items())} if sockets else {}

@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_replace_it(
         ("prepare", {"data": "data.jsonl", "eval_rows": 6}, "6 of 6 records are left", "check prepare.languages"),
         ("finetune", {}, "finetune needs a hf_model as 'base_model'", "set finetune.base_model"),
         ("finetune", {"base_model": "nowhere"}, "there is no 'nowhere'", "give a folder"),
-        ("jupyter", {}, "jupyter serves", "hpc submit jupyter"),
+        ("jupyter", {}, "jupyter serves", 'lab.start("jupyter", …)'),
     ],
 )
 def test_what_cannot_work_is_two_sentences(
@@ -100,10 +100,31 @@ def test_command_says_the_same_with_whole_paths(here: Path) -> None:
     finetune = {"base_model": "models/x.gguf", "lora_r": 4, "learning_rate": 1e-3}
     text = lab.command(prepare={"data": ["data.jsonl"]}, finetune=finetune, merge={"ask": "What's a 벽?"})
     assert text.replace(" \\\n    ", " ") == (
-        f"hpc submit pipeline --set 'prepare.data=[\"{here}/data.jsonl\"]'"
+        f"hpc submit pipeline --set pipeline.stages=prepare,finetune,merge --set 'prepare.data=[\"{here}/data.jsonl\"]'"
         f" --set 'finetune.base_model=\"{here}/models/x.gguf\"' --set finetune.lora_r=4"
         """ --set finetune.learning_rate=0.001 --set 'merge.ask="What'"'"'s a 벽?"'"""
     )
+
+
+def test_what_stages_share_is_said_once_under_the_name_that_settings_know(here: Path) -> None:
+    (here / "m").mkdir()
+    (here / "m/config.json").write_text("{}")
+    (here / "m/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    engine = {"engine": "onnxruntime_genai", "quantization": "int4"}
+    text = lab.command(convert={}, build={**engine, "model": "m"}, serve={"max_tokens": 9, "max_batch_size": 2})
+    assert text.replace(" \\\n    ", " ") == (
+        "hpc submit pipeline --set pipeline.stages=convert,build,serve --set 'build.engine=\"onnxruntime_genai\"'"
+        f" --set 'build.quantization=\"int4\"' --set 'build.model=\"{here}/m\"'"
+        " --set serve.max_tokens=9 --set build.max_batch_size=2"
+    )
+
+
+def test_stage_that_has_nothing_to_do_says_why(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "m").mkdir()
+    done = lab.run("convert", engine="onnxruntime_genai", model="m", out="c")
+    assert (done.outputs, done.metrics) == ({}, {})
+    assert capsys.readouterr().out == "convert: nothing to do, onnxruntime_genai takes the model as it is\n"
+    assert not (here / "c").exists()
 
 
 @pytest.mark.parametrize("name", stages.available())

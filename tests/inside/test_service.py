@@ -140,8 +140,26 @@ def test_end_takes_the_announcement_away(serving: Service) -> None:
     found = serving.ready()
     assert serving.end(signal.SIGTERM) == (0, "")
     assert not serving.folder.endpoint.exists()
-    assert not serving.folder.token.exists()
     assert not Path(f"/proc/{found.pid}").exists()
+
+
+def test_token_outlives_an_end_that_was_asked_for_and_no_other(serving: Service) -> None:
+    """The job may be requeued; hpc.node.enter knows better, and takes the token away where it is not."""
+    serving.start()
+    serving.ready()
+    token = serving.token
+    serving.end(signal.SIGTERM)
+    assert serving.token == token
+    assert stat.S_IMODE(serving.folder.token.stat().st_mode) == 0o600
+    serving.start()
+    found = serving.ready()
+    assert serving.token == token
+    ask(found, "/leave", token)
+    assert serving.end() == (0, "")
+    assert not serving.folder.token.exists()
+    serving.start()
+    assert ask(serving.ready(), "/health", serving.token)
+    assert serving.token != token
 
 
 def test_warning_before_the_limit_is_told_and_it_serves_on(serving: Service) -> None:

@@ -39,13 +39,13 @@ def test_a_socket_is_opened_where_it_is_asked_for() -> None:
                 address, port = seen.getsockname()
             assert (address, FIRST_PORT <= port <= LAST_PORT) == ("127.0.0.1", True)
             socket.create_connection((address, port)).close()
-        told = private.handed(sockets)
+        told = endpoint.handing(sockets)
         assert told == {HANDED: f"http={sockets['http']} grpc={sockets['grpc']}"}
         assert endpoint.handed(told) == sockets
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address, port))
     with private.sockets_for("", ("http",)) as sockets:
-        assert (sockets, private.handed(sockets)) == ({}, {})
+        assert (sockets, endpoint.handing(sockets)) == ({}, {})
 
 
 def test_an_address_that_is_not_here_is_told() -> None:
@@ -69,7 +69,7 @@ def test_the_container_has_nothing_of_the_nodes_network_and_memory() -> None:
 def test_a_stage_without_an_image_leaves_the_network_itself() -> None:
     """It still answers on the socket from outside, and on nothing else."""
     with private.sockets_for("127.0.0.1", ("http",)) as sockets:
-        env = {**os.environ, **private.handed(sockets), "PYTHONPATH": str(CHECKOUT)}
+        env = {**os.environ, **endpoint.handing(sockets), "PYTHONPATH": str(CHECKOUT)}
         process = subprocess.Popen(
             [sys.executable, "-c", ALONE], env=env, pass_fds=tuple(sockets.values()), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
