@@ -113,7 +113,7 @@ _BY_OUR_ENGINE = {
         "input_map", CONTEXT="_context_ids", TEXT_BEGIN="_text_begin", TEXT_END="_text_end",
     ),
 }  # fmt: skip
-"""What our own engine's model takes and tells beyond the tokens: an adapter's name; which part of their text is certain,
+"""What our own engine's model takes and tells beyond tokens: an adapter's name; which part of their text is certain,
 and why it ended."""
 
 
