@@ -104,7 +104,7 @@ ALLOWED = {
     "hpc/inside": ("hpc.core", "hpc.inside"),
     "hpc/login": ("hpc", "submitit", "rich", "msgspec", "tomli"),
     "hpc": ("hpc.login.cli",),
-    "stages": ("hpc.core", "hpc.inside.records"),
+    "stages": ("hpc.core", "hpc.inside.prompts", "hpc.inside.records"),
 }
 ANYWHERE = {
     "hpc/core": (*ALLOWED["hpc/core"], "stages"),  # stage.load, the only importer of stages

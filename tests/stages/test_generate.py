@@ -16,6 +16,7 @@ from hpc.core.endpoint import Endpoint
 from hpc.core.errors import STOPPED, UsageError
 from hpc.core.rundir import StageDir
 from hpc.inside import asking
+from hpc.inside.prompts import read
 from stages import generate
 
 RunStage = Callable[..., Any]
@@ -254,7 +255,7 @@ def test_a_service_that_stays_away_and_a_wrong_token_are_said(
 )
 def test_prompts_are_read(tmp_path: Path, name: str, text: str, found: list[str]) -> None:
     (tmp_path / name).write_text(text)
-    assert [prompt.text for prompt in generate.read(tmp_path / name)] == found
+    assert [prompt.text for prompt in read(tmp_path / name)] == found
 
 
 @pytest.mark.parametrize(
