@@ -16,9 +16,10 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint"]
-Launcher = Literal["python", "workers"]
-"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
+Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report"]
+Launcher = Literal["python", "workers", "torchrun"]
+"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
+torchrun: a process for each GPU, on any number of nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,12 @@ class Stage:
     """(settled config, what is around) -> resources in place of `resources`, and notes for the plan; Refused."""
     unneeded: Callable[[Any], str] = field(default=lambda config: "")
     """Settled config -> why there is nothing to do; the plan then leaves the stage out."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Values of the field `preset` -> other values for what is not set beside it."""
+
+    def chosen(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of the preset that these settings name."""
+        return self.presets.get(str(values.get("preset", "")), {})
 
     def shared(self) -> frozenset[str]:
         """The fields whose values stand in the table of `settings_of`."""

@@ -195,7 +195,7 @@ def _config(stage: Stage, settings: Mapping[str, Any]) -> Any:
     """The stage's config with these settings, each checked; UsageError names the one that is wrong."""
     hints = typing.get_type_hints(stage.config)
     values = {}
-    for name, value in settings.items():
+    for name, value in {**stage.chosen(settings), **settings}.items():
         if name not in hints:
             raise UsageError(f"{stage.name} has no setting '{name}'", hint=did_you_mean(name, list(hints)))
         values[name] = _as_typed(value, hints[name])
@@ -213,7 +213,7 @@ def _as_typed(value: Any, hint: Any) -> Any:
         value = str(value)
     if typing.get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
-        return tuple(map(str, items)) if isinstance(items, list | tuple) else value
+        return tuple(str(v) if isinstance(v, Path) else v for v in items) if isinstance(items, list | tuple) else value
     return value
 
 
