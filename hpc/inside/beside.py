@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import subprocess
@@ -88,9 +89,10 @@ class Server:
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")[:500]
             raise LabError(f"{self.name} answered {error.code} to {path}: {said}", hint="see its log: .log()") from None
-        except urllib.error.URLError as error:
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", error)
             raise LabError(
-                f"{self.name} does not answer: {error.reason}", hint="it has ended: start it again; .log() says more"
+                f"{self.name} does not answer: {why}", hint="has it ended? Start it again; .log() says more"
             ) from None
 
 
@@ -105,16 +107,24 @@ def sockets_for(names: Sequence[str]) -> Iterator[Mapping[str, int]]:
         yield {name: listening.fileno() for name, listening in opened.items()}
 
 
+def environment(sockets: Mapping[str, int]) -> dict[str, str]:
+    """What it is told of them. It is no job of Slurm's itself: nobody starts it again with the same token."""
+    return {"SLURM_JOB_ID": "", **endpoints.handing(sockets)}
+
+
 def until_ready(
     name: str, folder: StageDir, attempt: AttemptDir, process: subprocess.Popen[bytes], fail: Callable[[int], HpcError]
 ) -> Server:
     """Wait until it answers, with one line that moves. `fail`: exit code -> the error where it has ended instead."""
-    begin = time.monotonic()
+    begin, shown = time.monotonic(), ""
     try:
         while (found := endpoints.read(folder)) is None:
             if process.poll() is not None:
                 raise fail(process.returncode)
-            print(f"\r{name}: starting, {time.monotonic() - begin:.0f} s".ljust(_WIDTH), end="", flush=True)
+            line = f"{name}: starting, {time.monotonic() - begin:.0f} s"
+            if line != shown:
+                print(f"\r{line}".ljust(_WIDTH), end="", flush=True)
+                shown = line
             time.sleep(_LOOK_S)
     except BaseException as error:
         if process.poll() is None:

@@ -24,7 +24,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,7 +261,7 @@ def _started(planned: Planned, folder: StageDir) -> Server:
     attempt = _prepare(planned, folder)
     endpoints.clear(folder)  # a kernel that was killed may have left it
     with beside.sockets_for(planned.stage.ports if planned.stage.private else ()) as sockets:
-        process = _process(planned.name, folder, attempt, sockets)
+        process = _process(planned.name, folder, attempt, tuple(sockets.values()), beside.environment(sockets))
     return beside.until_ready(
         planned.name, folder, attempt, process, lambda code: _failure(planned.name, code, attempt)
     )
@@ -321,10 +321,10 @@ def _follow(name: str, folder: StageDir, attempt: AttemptDir) -> int:
 
 
 def _process(
-    name: str, folder: StageDir, attempt: AttemptDir, sockets: Mapping[str, int] | None = None
+    name: str, folder: StageDir, attempt: AttemptDir, sockets: Sequence[int] = (), own: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
     argv = [sys.executable, "-m", "hpc.inside.runner", name, str(folder.config), str(attempt.path)]
-    env = {**os.environ, "PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1", **endpoints.handing(sockets or {})}
+    env = {**os.environ, "PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1", **(own or {})}
     env.pop("MPLBACKEND", None)  # the kernel's own
     with open(attempt.stdout, "wb") as out, open(attempt.stderr, "wb") as err:
         # a session of its own: the interrupt of a cell goes to the kernel's whole process group
@@ -336,7 +336,7 @@ def _process(
             env=env,
             start_new_session=True,
             preexec_fn=as_a_child,
-            pass_fds=tuple((sockets or {}).values()),
+            pass_fds=sockets,
         )
 
 
