@@ -8,7 +8,7 @@ checkpoint where the scheduler asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +158,7 @@ def check(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig, ctx: Context) -> None:
     """Train, and write the adapter (or model); without an output where the scheduler asked to stop."""
-    from hpc.inside import conversations, models, packing, trainers
+    from hpc.inside import bases, conversations, models, packing, trainers
 
     models.settle()
     ctx.progress(0, 1, "loading the base model")
@@ -168,7 +168,9 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
     tokenizer = models.tokenizer(folder, template)
     rows = {part: _rows(part, tokenizer, config, ctx) for part in ("train", "eval")}
-    model = _model(folder, dtype, config)
+    model = bases.trainable(
+        folder, dtype, config.method, double_quant=config.double_quant, whole=config.sharding == "fsdp"
+    )
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     batches: Any = conversations.Padded(pad)
@@ -186,12 +188,10 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         keep=config.keep_checkpoints,
         data_collator=batches,
         processing_class=tokenizer,
-        peft_config=None if config.method == "full" else _adapter(config),
+        peft_config=None if config.method == "full" else bases.adapter(config),
         callbacks=[_watcher(ctx)],
     )
-    for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16
-            weight.data = weight.data.float()
+    bases.trained_in_full(trainer.model)
     if not _train(trainer, batches, config, ctx):
         return
     ctx.metric(base_model=base, method=config.method, dtype=dtype)
@@ -211,48 +211,6 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
             hint="raise finetune.max_length, or prepare more data",
         )
     return rows
-
-
-def _model(folder: Path, dtype: str, config: FinetuneConfig) -> Any:
-    """The base, ready to train on: in 4 bit for qlora, with float32 weights where they are trained or sharded."""
-    import torch
-
-    from hpc.inside import models, together
-
-    if config.method == "full" or config.sharding == "fsdp":
-        return models.load(folder, "float32")
-    if config.method == "lora":
-        return models.load(folder, dtype)
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    place = together.local_rank() if torch.cuda.is_available() else "cpu"
-    model = models.load(folder, dtype, quantization_config=quantization, device_map={"": place})
-    for layer in model.modules():
-        # On a CPU with AVX512-BF16, measuring a loss would repack the weights into a form without gradients.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _adapter(config: FinetuneConfig) -> Any:
-    from peft import LoraConfig
-    from transformers import set_seed
-
-    set_seed(config.seed)  # the trainer seeds itself only after the adapter has got its first weights
-    targets: Sequence[str] | None = list(config.target_modules) or None
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _arguments(config: FinetuneConfig, dtype: str, ctx: Context) -> Mapping[str, Any]:

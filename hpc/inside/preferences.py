@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import UsageError
+from hpc.inside import records
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -28,6 +31,12 @@ class Pair:
     rejected: str
     dropped: str = ""
     """Why nothing can be learnt from it."""
+
+
+def read(path: Path, limit: int | None = None) -> Iterator[Pair]:
+    """The pairs of one file, in order; `limit`: of its first so many bytes. UsageError, with the line, for a fault."""
+    for where, value in records._values(path, limit):
+        yield pair(value, where)
 
 
 def pair(value: Any, where: str) -> Pair:
