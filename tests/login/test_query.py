@@ -48,7 +48,8 @@ def test_no_character_is_ever_cut(
 def test_what_is_asked_is_what_was_typed(stub: Any, capsys: pytest.CaptureFixture[str]) -> None:
     one = stub(Reply(stream(["x"])))
     options = ("--max-tokens", "7", "--temperature", "0", "--top-p", "0.5", "--top-k", "3", "--seed", "1",
-               "--stop", "끝", "--stop", "b", "--min-tokens", "2", "--repetition-penalty", "1.1", "--system", "brief")  # fmt: skip
+               "--stop", "끝", "--stop", "b", "--min-tokens", "2", "--repetition-penalty", "1.1",
+               "--system", "brief")  # fmt: skip
     assert query(one, "it's 한글", *options) == 0
     path, body = one.asked[-1]
     assert path == "/v1/chat/completions"
