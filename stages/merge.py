@@ -1,8 +1,8 @@
 """
 merge: a base model and its LoRA adapter -> one model in safetensors, that any engine can read.
 
-The base is loaded unquantised, also after qlora: a 4-bit base would stay 4-bit and round the adapter away.
-The sum is made in float32, compared with base + adapter, and only then rounded to the wanted type.
+The base is read unquantised, also after qlora: a 4-bit base would round the adapter away. The sum is made in float32,
+one weight in memory at a time, and rounded once; then what was written is compared with base + adapter.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.core.errors import HpcError, UsageError, VerificationFailed
-from hpc.core.rundir import read_json
+from hpc.core.errors import Refused, UsageError, VerificationFailed
 from hpc.core.stage import Artifact, Context, Input, Resources, Stage
 
 _PROBE = "The quick brown fox jumps over the lazy dog."
-_TOLERANCE = 1e-2
-"""Largest difference of a logit between base + adapter and their sum in float32 (1e-4 is usual)."""
+TOLERANCE = 1e-2
+"""Largest difference of a logit between base + adapter and their sum, in float32 (1e-4 is usual)."""
+ROUNDED = 0.1
+"""The same where the sum was rounded to 16 bits, as a part of the largest logit (0.01 is usual)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class MergeConfig:
     """Folder of a LoRA adapter; None: from the stage before (finetune)."""
     base_model: str | None = None
     """The adapter's base: model folder, GGUF file or name on the hub; None: the one it was trained on."""
+    more_adapters: tuple[str, ...] = ()
+    """Folders of further adapters of the same base, added too."""
+    weights: tuple[float, ...] = ()
+    """How much each counts: `adapter`, then `more_adapters`; empty: 1 each."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the written weights."""
     readable: bool = False
@@ -36,8 +41,12 @@ class MergeConfig:
     """A question put to the base and to the merged model; both answers are recorded. Empty: none."""
 
 
+def files(config: MergeConfig) -> tuple[str, ...]:
+    return config.more_adapters
+
+
 def resources(config: MergeConfig) -> Resources:
-    """No GPU: it adds matrices once. Host memory holds the base in float32, 4 bytes per parameter."""
+    """No GPU: it adds matrices once. What peft must merge, and `ask`, hold the model in host memory."""
     return Resources(cpus_per_task=8, mem_gb=64, time_min=60)
 
 
@@ -46,125 +55,79 @@ def outputs(config: MergeConfig) -> dict[str, Artifact]:
 
 
 def check(config: MergeConfig) -> None:
-    """HpcError for a base that can't be loaded. Standard library."""
+    """UsageError for weights that fit no adapters, HpcError for a base that can't be loaded. Standard library."""
     from hpc.inside import models
 
+    if config.weights and len(config.weights) != 1 + len(config.more_adapters):
+        raise UsageError(
+            f"merge.weights has {len(config.weights)} values for {1 + len(config.more_adapters)} adapters",
+            hint="one for `adapter`, then one for each of `more_adapters`",
+        )
     if config.base_model is not None:
         models.inspect(config.base_model)
 
 
 def run(config: MergeConfig, ctx: Context) -> None:
     """Merge, write, and read back what was written; VerificationFailed where it is not base + adapter."""
-    from hpc.inside import models
+    from hpc.inside import adapters, generation, merging, models, pefts, streamed
 
     models.settle()
-    adapter = Path(ctx.inputs["adapter"])
-    base = ctx.inputs.get("base_model") or recorded_base(adapter)
-    ctx.progress(0, 4, "loading the base model")
-    folder = models.local(base, ctx.cache)
-    model = models.load(folder, "float32")
-    words = _tokenizer(adapter, folder, model, ctx)
-    ctx.metric(base_model=base, dtype=config.dtype)
+    folders = [Path(ctx.inputs["adapter"]), *map(Path, config.more_adapters)]
+    given = ctx.inputs.get("base_model") or adapters.base_of(folders[0])
+    ctx.progress(0, 1, "looking at the base model")
+    base = models.local(given, ctx.cache)
+    entries = merging.whole(base)
+    weighted = list(zip(map(adapters.read, folders), config.weights or [1.0] * len(folders), strict=True))
+    words = generation.tokenizer(folders[0], base, ctx)
+    ids = words(_PROBE, return_tensors="pt").input_ids
+    ctx.metric(base_model=given, dtype=config.dtype)
     if config.ask:
-        ctx.metric(question=config.ask, before=models.answer(model, words, config.ask))
+        ctx.progress(0, 1, "asking the base model")
+        ctx.metric(question=config.ask, before=models.ask(base, config.dtype, words, config.ask))
 
-    ctx.progress(1, 4, "merging")
-    merged = _merge(model, adapter, words, ctx)
-    ctx.progress(2, 4, "writing the model")
+    by_peft = merging.only_peft(weighted, entries, base)
+    if by_peft and len(weighted) > 1:
+        raise Refused(f"these adapters can't be merged together: {by_peft}", hint="merge one alone: peft does it")
     with models.written_whole(ctx.outputs["model"], readable=config.readable) as part:
-        _write(merged, words, part, config.dtype)
-        del model, merged
-        ctx.progress(3, 4, "reading it back")
-        written = models.load(part, config.dtype)
-        _logits(written, words)
+        if by_peft:
+            ctx.progress(0, 1, f"merging by peft: {by_peft}")
+            apart, difference = pefts.merge(base, folders[0], part, config.dtype, words, ids)
+            hint = "where embeddings and output are one matrix (tied), an adapter on either can't be merged"
+            _within("the merged model's logits", difference, TOLERANCE, hint)
+            ctx.metric(merged_by="peft", because=by_peft, largest_difference=difference)
+        else:
+            worst = merging.merge(
+                base, weighted, part, config.dtype, lambda done, total: ctx.progress(done, total + 1, "merging")
+            )
+            merging.configure(base, part, config.dtype)
+            ctx.metric(merged_by="hpc", largest_weight_difference=worst)
+            ctx.progress(0, 1, "comparing with base + adapter")
+            apart = streamed.logits(base, ids, weighted)
+        generation.write(base, words, part)
+        _compare(apart, streamed.logits(part, ids), config, ctx)
         if config.ask:
-            ctx.metric(after=models.answer(written, words, config.ask))
-    ctx.progress(4, 4, "merged")
+            ctx.metric(after=models.ask(part, config.dtype, words, config.ask))
+    ctx.progress(1, 1, "merged")
 
 
-def recorded_base(adapter: Path) -> str:
-    """The base that an adapter was trained on, by our base.json or else peft's own adapter_config.json."""
-    ours = read_json(adapter / "base.json") or {}
-    peft = read_json(adapter / "adapter_config.json")
-    if peft is None:
-        raise UsageError(f"{adapter} is no adapter", hint="it must hold adapter_config.json")
-    base = ours.get("base_model") or peft.get("base_model_name_or_path")
-    if not base:
-        raise UsageError(f"{adapter} does not say which base it was trained on", hint="set merge.base_model")
-    return str(base)
+def _compare(apart: Any, written: Any, config: MergeConfig, ctx: Context) -> None:
+    """What was written against base + adapter, both calculated in float32."""
+    if apart is None or written is None:
+        ctx.metric(logits="not compared: the files name the weights otherwise than transformers; each weight was")
+        return
+    difference = float((written - apart).abs().max())
+    agree = float((written.argmax(-1) == apart.argmax(-1)).float().mean())
+    ctx.metric(largest_difference=difference, same_next_token=agree)
+    allowed = TOLERANCE if config.dtype == "float32" else ROUNDED * float(apart.abs().max())
+    _within("the written model's logits", difference, allowed, 'does merge.dtype = "float32" help?')
 
 
-def _tokenizer(adapter: Path, base: Path, model: Any, ctx: Context) -> Any:
-    """The adapter's tokenizer, or the base's where that has tokens without a weight (an added [PAD])."""
-    from hpc.inside import models
-
-    rows = model.get_input_embeddings().num_embeddings
-    if (adapter / "tokenizer_config.json").is_file():
-        words = models.tokenizer(adapter)
-        if len(words) <= rows:
-            return words
-        plain = models.tokenizer(base, words.chat_template)
-        ctx.metric(dropped_tokens=sorted(set(words.get_vocab()) - set(plain.get_vocab())))
-    else:
-        plain = models.tokenizer(base)
-    if len(plain) > rows:
-        raise VerificationFailed(f"the base's tokenizer has {len(plain)} tokens, but the model has {rows}")
-    return plain
-
-
-def _merge(model: Any, adapter: Path, words: Any, ctx: Context) -> Any:
-    """Base + adapter as one float32 model; VerificationFailed where its logits are not those of the two."""
-    from peft import PeftModel
-
-    if next(adapter.glob("*.bin"), None) and not (adapter / "adapter_model.safetensors").is_file():
-        raise HpcError(f"{adapter} holds its weights as a pickle", hint="save the adapter as safetensors")
-    try:
-        both = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=True)
-    except (RuntimeError, ValueError, KeyError) as error:
+def _within(what: str, difference: float, allowed: float, hint: str) -> None:
+    if not difference <= allowed:
         raise VerificationFailed(
-            f"the adapter does not fit the base: {str(error).strip().splitlines()[0][:200]}",
-            hint="merge.base_model must be the model that it was trained on",
-        ) from error
-    apart = _logits(both, words)
-    merged = both.merge_and_unload(safe_merge=True)
-    difference = float((_logits(merged, words) - apart).abs().max())
-    ctx.metric(largest_difference=difference)
-    if difference > _TOLERANCE:
-        raise VerificationFailed(f"the merged model's logits differ by {difference:.3g} from base + adapter")
-    return merged
-
-
-def _logits(model: Any, words: Any) -> Any:
-    """The logits on a fixed sentence; VerificationFailed where one is not finite."""
-    import torch
-
-    with torch.inference_mode():
-        logits = model.eval()(**words(_PROBE, return_tensors="pt", return_token_type_ids=False)).logits
-    if not bool(torch.isfinite(logits).all()):
-        raise VerificationFailed("the model gives logits that are not finite", hint="did the training diverge?")
-    return logits
-
-
-def _write(model: Any, words: Any, folder: Path, dtype: str) -> None:
-    import torch
-
-    model.to(getattr(torch, dtype))
-    model.config.use_cache = True
-    _mend(model.generation_config, words)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-
-
-def _mend(generation: Any, words: Any) -> None:
-    """Stop at the chat template's end of turn, and let sampling values that need sampling be saved at all."""
-    ends = generation.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if words.eos_token_id not in ends:
-        generation.eos_token_id = [words.eos_token_id, *ends]
-    try:
-        generation.validate(strict=True)
-    except ValueError:  # Llama-2's temperature without do_sample, which save_pretrained would refuse
-        generation.do_sample = True
+            f"{what} differ by {difference:.3g} from base + adapter ({allowed:.3g} is allowed)",
+            hint=hint,
+        )
 
 
 STAGE = Stage(
@@ -176,5 +139,6 @@ STAGE = Stage(
     outputs=outputs,
     resources=resources,
     run=run,
+    files=files,
     check=check,
 )

@@ -127,28 +127,12 @@ def check(config: ServeConfig) -> None:
         raise UsageError("serve.vendor_repository is for tensorrt_llm alone")
 
 
-def run(config: ServeConfig, ctx: Context) -> None:
-    import json
-    import os
-    import sys
-    import tempfile
-    from dataclasses import asdict
-
+def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
+    """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.core.errors import HpcError
-    from hpc.inside import alone, matching, models, repository, serving, triton
-    from hpc.inside.openai import Served
-    from hpc.inside.service import Server, serve
+    from hpc.inside import repository
 
-    if config.private:
-        alone.become()
-    engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
-    if config.engine == "llmapi":
-        engine = models.local(str(engine), ctx.cache)
-    else:
-        matching.agree(matching.refuse(engine, ctx), config)
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
-    folder = ctx.folder / "repository"
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -175,6 +159,32 @@ def run(config: ServeConfig, ctx: Context) -> None:
     }
     vendor = Path(config.vendor_repository) if config.vendor_repository else None
     repository.render(folder, config.engine, TEMPLATES / "triton", filling, vendor)
+    return tokenizer
+
+
+def run(config: ServeConfig, ctx: Context) -> None:
+    import json
+    import os
+    import sys
+    import tempfile
+    from dataclasses import asdict
+
+    from hpc.core.assets import TEMPLATES
+    from hpc.core.errors import HpcError
+    from hpc.core.rundir import StageDir
+    from hpc.inside import alone, matching, models, serving, triton
+    from hpc.inside.openai import Served
+    from hpc.inside.service import Server, serve
+
+    if config.private:
+        alone.become()
+    engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
+    if config.engine == "llmapi":
+        engine = models.local(str(engine), ctx.cache)
+    else:
+        matching.agree(matching.refuse(engine, ctx), config)
+    folder = ctx.folder / "repository"
+    tokenizer = make_repository(config, engine, folder)
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
@@ -183,21 +193,22 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
         told = serving.Settings(
-            repository=str(folder), own=own, shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
+            repository=str(folder), figures=str(StageDir(ctx.folder).figures), own=own,
+            shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
-            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, port=0,
+            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
             world=config.tp_size * config.pp_size,
         )  # fmt: skip
 
         def argv(ports: Mapping[str, int]) -> Sequence[str]:
             path = Path(own) / "settings.json"
-            path.write_text(json.dumps({**asdict(told), "port": ports["http"]}))
+            path.write_text(json.dumps({**asdict(told), "ports": ports}))
             return [sys.executable, "-m", "hpc.inside.serving", str(path)]
 
         try:
             serve(ctx, Server(
-                argv=argv, env=lambda token: {serving.TOKEN: token}, health="/health", path="/",
+                argv=argv, env=lambda token: {serving.TOKEN: token}, health="/health", path="/", ports=STAGE.ports,
                 ready_s=config.ready_s + 60, grace_s=config.drain_s + 30, cwd=Path(own),
             ))  # fmt: skip
         except HpcError:
@@ -224,6 +235,7 @@ STAGE = Stage(
     check=check,
     service=True,
     private=True,
+    ports=("http", "grpc", "metrics"),
     launcher="workers",
     settings_of="build",
     settle=engines.settle,

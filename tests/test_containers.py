@@ -11,7 +11,7 @@ from hpc.core.assets import CONTAINERS
 from hpc.core.errors import UsageError
 from hpc.login import recipes
 
-NAMES = ("base", "lab", "serve-cpu", "train", "triton", "trtllm")
+NAMES = ("base", "engine-lab", "lab", "serve-cpu", "train", "triton", "trtllm")
 NGC = ("triton", "trtllm")
 NOWHERE = Path("/nonexistent")
 
@@ -57,10 +57,17 @@ def test_every_requirement_is_pinned_and_the_labels_say_the_same_version(name: s
         assert pinned.get(package, version) == version, package
 
 
-def test_the_lab_adds_to_train_and_changes_nothing_of_it() -> None:
-    assert [r.name for r in recipes.chain(find("lab"), NOWHERE)] == ["lab", "train", "base"]
-    assert pins("lab").keys().isdisjoint(pins("train"))
-    assert [path.name for path in recipes.pinned("lab", NOWHERE)] == ["lab.requirements.txt", "train.requirements.txt"]
+@pytest.mark.parametrize(("name", "below"), [("lab", "train"), ("engine-lab", "serve-cpu")])
+def test_a_lab_adds_to_its_environment_and_changes_nothing_of_it(name: str, below: str) -> None:
+    assert [r.name for r in recipes.chain(find(name), NOWHERE)] == [name, below, "base"]
+    assert pins(name).keys().isdisjoint(pins(below))
+    assert [path.name.partition(".")[0] for path in recipes.pinned(name, NOWHERE)] == [name, below]
+    recipes.refuse_unknown(find(name), {})
+
+
+def test_both_labs_have_the_same_jupyterlab() -> None:
+    known = {**pins("train"), **pins("lab")}
+    assert {name: known[name] for name in pins("engine-lab")} == pins("engine-lab")
 
 
 def test_tritons_python_backend_gets_a_numpy_that_it_can_read() -> None:

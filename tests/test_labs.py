@@ -16,6 +16,7 @@ from hpc.inside import lab
 
 NOTEBOOKS = sorted((TEMPLATES / "labs").glob("*.ipynb"))
 FINETUNING = TEMPLATES / "labs" / "finetuning-lab.ipynb"
+ENGINE = TEMPLATES / "labs" / "engine-lab.ipynb"
 
 
 def cells(path: Path, kind: str = "code") -> list[dict[str, Any]]:
@@ -27,8 +28,8 @@ def source(cell: dict[str, Any]) -> str:
     return "".join(cell["source"])
 
 
-def test_the_lab_is_there() -> None:
-    assert FINETUNING in NOTEBOOKS
+def test_the_labs_are_there() -> None:
+    assert NOTEBOOKS == [ENGINE, FINETUNING]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
@@ -74,3 +75,19 @@ def test_table_tells_the_figures_that_are_used(sizes: dict[str, dict[str, dict[s
         steps = told["passes over the data"].split()
         assert int(steps[0]) == use.get("max_steps", use.get("epochs"))
         assert told["records"].endswith(str(size["prepare"].get("max_samples", "all")))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime_genai", "tensorrt_llm"])
+def test_every_engine_sets_what_the_stages_have(engine: str) -> None:
+    values: dict[str, Any] = {}
+    for cell in cells(ENGINE):
+        if {"parameters", "engines"} & set(cell["metadata"].get("tags", ())):
+            exec(source(cell).replace('ENGINE = "onnxruntime_genai"', f'ENGINE = "{engine}"'), values)
+    assert values["WHOLE"]["engine"] == engine
+    assert values["QUANTISED"].items() > values["WHOLE"].items()
+    (told,) = [source(cell) for cell in cells(ENGINE, "markdown") if cell["id"] == "engines-text"]
+    assert values["QUANTISED"]["quantization"] in told
+    for stage in ("convert", "build", "serve"):
+        for settings in (values["WHOLE"], values["QUANTISED"]):
+            lab._config(stages.load(stage), settings)
+    lab._config(stages.load("serve"), values["SERVE"])

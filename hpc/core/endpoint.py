@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +13,8 @@ from hpc.core.rundir import StageDir
 _SCHEMA = "hpc.endpoint/1"
 FIRST_PORT, LAST_PORT = 9000, 9999
 """Ports that are chosen from: high enough for everybody, below those that the kernel gives to clients."""
-HANDED = "HPC_LISTENING_SOCKET"
-"""The variable with the number of the open socket that a private service answers on."""
+HANDED = "HPC_LISTENING_SOCKETS"
+"""The variable with the numbers of the open sockets that a private service answers on: `http=5 grpc=6`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Endpoint:
     bound: str
     """The address that it listens on: 0.0.0.0 where other nodes reach it, else 127.0.0.1."""
     ports: Mapping[str, int]
-    """Name -> port; the first one is what a person opens: {"http": 9250}."""
+    """Name -> port; the first one is what a person opens: {"http": 9250, "grpc": 9251}."""
     path: str
     """Of the page that a person opens, e.g. /lab."""
     health: str
@@ -42,6 +43,25 @@ class Endpoint:
     @property
     def address(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+def handed(environment: Mapping[str, str]) -> dict[str, int]:
+    """Port name -> the number of its open socket, as the service was given them; nothing where it was given none.
+
+    >>> handed({HANDED: "http=5 grpc=6"}), handed({})
+    ({'http': 5, 'grpc': 6}, {})
+    """
+    pairs = (word.split("=") for word in environment.get(HANDED, "").split())
+    return {name: int(number) for name, number in pairs}
+
+
+def handing(sockets: Mapping[str, int]) -> dict[str, str]:
+    """The variable that tells a service of its open sockets, as `handed` reads it.
+
+    >>> handing({"http": 5, "grpc": 6}), handing({})
+    ({'HPC_LISTENING_SOCKETS': 'http=5 grpc=6'}, {})
+    """
+    return {HANDED: " ".join(f"{name}={number}" for name, number in sockets.items())} if sockets else {}
 
 
 def page(endpoint: Endpoint, token: str, port: int) -> str:
@@ -64,10 +84,22 @@ def read(folder: StageDir) -> Endpoint | None:
     return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
 
 
-def clear(folder: StageDir, job_id: str | None = None) -> None:
-    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile."""
+def clear(folder: StageDir, job_id: str | None = None, *, keep_token: bool = False) -> None:
+    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile.
+
+    A job that may be requeued keeps its token: whoever was let in is let in again.
+    """
     found = read(folder)
     if job_id is not None and found is not None and found.job_id != job_id:
         return
-    for path in (folder.endpoint, folder.token):
-        path.unlink(missing_ok=True)
+    folder.endpoint.unlink(missing_ok=True)
+    if not keep_token:
+        folder.token.unlink(missing_ok=True)
+
+
+def token_of(folder: StageDir) -> str:
+    """What an earlier start of the same job has left, else a new one."""
+    try:
+        return folder.token.read_text(encoding="utf-8") or secrets.token_urlsafe(32)
+    except FileNotFoundError:
+        return secrets.token_urlsafe(32)

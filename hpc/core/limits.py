@@ -54,7 +54,8 @@ def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tu
             f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
             hint="choose a Slurm site with --site, or nodes = 1",
         )
-    if asked.nodes > 1 or (stage.launcher == "python" and asked.gpus_per_node > 1):
+    alone = stage.launcher != "torchrun" and asked.nodes > 1
+    if alone or (stage.launcher == "python" and asked.gpus_per_node > 1):
         raise Refused(
             f"{stage.name} is one process: it cannot use {asked.gpus} GPUs on {asked.nodes} node(s)",
             hint=f"set {stage.name}.resources to nodes = 1"

@@ -112,8 +112,8 @@ class Facts(Protocol):
     def digest(self, path: str) -> str:
         """The content hash of a file or folder."""
 
-    def model(self, path: str) -> Mapping[str, Any] | None:
-        """The config.json of the model in the folder `path`; None where there is none."""
+    def document(self, path: str) -> Mapping[str, Any] | None:
+        """The config.json in the folder `path`, of a model or a stage; None where there is none."""
 
     def environment(self, name: str) -> Environment:
         """The image or venv of that name; an HpcError where it is missing."""
@@ -180,7 +180,7 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
     kind = site.gres.partition(":")[2]
     model = _model_behind(wish.stage.name, list(wishes), wishes)
     path = facts.path(model) if model is not None else None
-    config = facts.model(path) if path is not None else None
+    config = facts.document(path) if path is not None else None
     return Around(
         site=site,
         shape=shape.read(config) if config is not None else None,
@@ -310,6 +310,8 @@ def _source(
         path = facts.path(given)
         if path is None and kind == "hf_model" and is_hub_name(given):
             return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
+        if kind == "endpoint":
+            return Source(name=name, kind=kind, stage=None, value=path or given, key=_served(given, path, stage, facts))
         if path is None:
             raise UsageError(
                 f"{stage.name}.{name}: there is no '{given}'",
@@ -325,6 +327,19 @@ def _source(
             hint=f"set {stage.name}.{name}, or put the stage that makes it into pipeline.stages",
         )
     return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
+
+
+def _served(given: str, path: str | None, stage: Stage, facts: Facts) -> str:
+    """The key of an endpoint: what the serving stage serves, wherever it runs; of another service its address."""
+    if given.startswith(("http://", "https://")):
+        return f"address:{given}"
+    key = (facts.document(path) or {}).get("key") if path is not None else None
+    if key is None:
+        raise UsageError(
+            f"{stage.name}.endpoint: '{given}' is not the folder of a serving stage",
+            hint="give runs/RUN/serve, of a run that `hpc status` shows, or http://…/v1",
+        )
+    return f"served:{key}"
 
 
 def _given_before(name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:

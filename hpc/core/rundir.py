@@ -9,6 +9,7 @@
                         out/         the outputs
                         manifest.json   written last: the stage is done
                         endpoint.json   a service, while it answers: node, ports; its token is in `token`, mode 0600
+                        figures.json    how much it does
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ class StageDir:
     @property
     def token(self) -> Path:
         return self.path / "token"
+
+    @property
+    def figures(self) -> Path:
+        """How much a service does: {"schema": "hpc.figures/1", "t", "running", "done", …}."""
+        return self.path / "figures.json"
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.path / f"attempt-{number}")

@@ -16,9 +16,10 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
-Launcher = Literal["python", "workers"]
-"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
+Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report"]
+Launcher = Literal["python", "workers", "torchrun"]
+"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
+torchrun: a process for each GPU, on any number of nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Input:
 
     It comes from the field of the same name in the stage's config where that is set (a path, or for a model also
     a name on the hub), else from the stage before it that produces this kind, else it is what an earlier stage was
-    given under the same name.
+    given under the same name. An endpoint is the folder of a serving stage, or the address of another service.
     """
 
     kind: Kind
@@ -132,8 +133,10 @@ class Stage:
     service: bool = False
     """It serves until it is ended, by `hpc.inside.service`. It never completes, so nothing of it is taken over."""
     private: bool = False
-    """A service with a network and a shared memory of its own, which no other user of the node can reach. The port that
-    it answers on is opened outside, and handed in."""
+    """A service with a network and a shared memory of its own, which no other user of the node can reach. Its ports are
+    opened outside, and handed in."""
+    ports: tuple[str, ...] = ("http",)
+    """Their names; the first one answers HTTP."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
     launcher: Launcher = "python"
@@ -145,6 +148,12 @@ class Stage:
     """(settled config, what is around) -> resources in place of `resources`, and notes for the plan; Refused."""
     unneeded: Callable[[Any], str] = field(default=lambda config: "")
     """Settled config -> why there is nothing to do; the plan then leaves the stage out."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Values of the field `preset` -> other values for what is not set beside it."""
+
+    def chosen(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of the preset that these settings name."""
+        return self.presets.get(str(values.get("preset", "")), {})
 
     def shared(self) -> frozenset[str]:
         """The fields whose values stand in the table of `settings_of`."""

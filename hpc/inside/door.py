@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
+from hpc.inside.figures import Answer, Figures
+
 Request: TypeAlias = Any
 Response: TypeAlias = Any
 """aiohttp's: loaded when the door opens, not when this module is."""
@@ -20,10 +22,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 _LARGEST = 256 << 20
 """Bytes of a request's body."""
 _LOOK_S = 0.2
+HTTP_OK = 200
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "content-length",
      "authorization", "cookie", "proxy-authorization", "proxy-connection", "content-encoding", "accept-encoding"}
 )  # fmt: skip
+WANTS_TOKEN = "this service asks for its token: `hpc tunnel` shows the address with it"
+ENDING = "this service is ending"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -55,12 +60,16 @@ class Door:
     def __init__(self, token: str, upstream: str, metrics: str = "", stop_model: str = "") -> None:
         self.token, self.upstream, self.metrics = token, upstream, metrics
         self.ready = self.closing = False
-        self.running = 0
-        """Requests for an answer of the model that have been let in and have not ended."""
+        self.figures = Figures()
         self._stop_model = stop_model
         self._session: Any = None
         self._cookie = "hpc-" + hashlib.sha256(token.encode()).hexdigest()[:8]  # ports share the cookies of their host
         self._telling: set[asyncio.Task[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """Requests for an answer of the model that have been let in and have not ended."""
+        return self.figures.running
 
     def app(self) -> Any:
         """The aiohttp application, without what answers at / and /v1."""
@@ -99,7 +108,7 @@ class Door:
             answer.set_cookie(self._cookie, self.token, httponly=True, samesite="Strict", path="/")
             raise answer
         if not self._may(request, shown):
-            return error(401, "this service asks for its token: `hpc tunnel` shows the address with it", "unauthorized")
+            return error(401, WANTS_TOKEN, "unauthorized")
         try:
             response = await handler(request)
         except web.HTTPException as failed:
@@ -110,11 +119,12 @@ class Door:
             response.headers.update(HEADERS)
         return response
 
+    def knows(self, authorization: str) -> bool:
+        """True for the header of somebody who has the token."""
+        return authorization.startswith("Bearer ") and self._is(authorization[7:].strip())
+
     def _may(self, request: Request, shown: str) -> bool:
-        given = request.headers.get("Authorization", "")
-        if given.startswith("Bearer ") and self._is(given[7:].strip()):
-            return True
-        if self._is(shown):
+        if self.knows(request.headers.get("Authorization", "")) or self._is(shown):
             return True
         origin = request.headers.get("Origin")
         foreign = origin is not None and urlsplit(origin).netloc != request.host  # another page of this browser
@@ -149,28 +159,32 @@ class Door:
         """Pass a request for an answer on. Where its client leaves, the engine is told, and the rest is not sent."""
         from aiohttp import ClientError, web
 
-        self.running += 1
         response: Response = None
-        try:
-            async with self.client(request, number) as client:
-                answer = await client.hold(self._session.post(address, data=body, headers=_headers(request.headers)))
-                response = web.StreamResponse(status=answer.status, headers={**_headers(answer.headers), **HEADERS})
-                async for chunk in answer.content.iter_any():
-                    if client.gone:
-                        continue
-                    try:
-                        if not response.prepared:
-                            await response.prepare(request)
-                        await response.write(chunk)
-                    except OSError:
-                        pass  # the client has left, as it will be seen to have
-        except (ClientError, OSError, RuntimeError):
-            if response is None or not response.prepared:
-                return error(502, "the server ended in the middle of the answer", "server_error")
-            if request.transport is not None:
-                request.transport.abort()  # what was sent must not look like the whole answer
-        finally:
-            self.running -= 1
+        said = Answer(self.figures)
+        with self.figures.request() as one:
+            try:
+                async with self.client(request, number) as client:
+                    posted = self._session.post(address, data=body, headers=_headers(request.headers))
+                    answer = await client.hold(posted)
+                    response = web.StreamResponse(status=answer.status, headers={**_headers(answer.headers), **HEADERS})
+                    async for chunk in answer.content.iter_any():
+                        said.take(chunk)
+                        if client.gone:
+                            continue
+                        try:
+                            if not response.prepared:
+                                await response.prepare(request)
+                            await response.write(chunk)
+                        except OSError:
+                            pass  # the client has left, as it will be seen to have
+                    said.end()
+                    one.failed, one.left = said.failed or answer.status != HTTP_OK, client.gone
+            except (ClientError, OSError, RuntimeError):
+                one.failed = True
+                if response is None or not response.prepared:
+                    return error(502, "the server ended in the middle of the answer", "server_error")
+                if request.transport is not None:
+                    request.transport.abort()  # what was sent must not look like the whole answer
         return response
 
     @contextlib.asynccontextmanager
@@ -197,13 +211,14 @@ class Door:
         elif client.answer is not None:
             client.answer.close()
 
-    def stop(self, number: str) -> None:
-        """Tell the engine that nobody waits for this request's answer any more."""
+    def stop(self, number: str) -> bool:
+        """Tell the engine that nobody waits for this request's answer any more; False where it cannot be told."""
         if not number or not self._stop_model:
-            return
+            return False
         task = asyncio.ensure_future(self._tell(number))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+        return True
 
     async def _tell(self, number: str) -> None:
         from aiohttp import ClientError
@@ -220,6 +235,16 @@ class Door:
         """A request to one of Triton's models."""
         way = "generate_stream" if stream else "generate"
         return self._session.post(f"{self.upstream}/v2/models/{model}/{way}", json=words)
+
+    async def metrics_text(self) -> str:
+        """Triton's metrics; "" where it does not answer."""
+        from aiohttp import ClientError
+
+        try:
+            async with self._session.get(f"{self.metrics}/metrics") as answer:
+                return str(await answer.text())
+        except (ClientError, OSError, RuntimeError):
+            return ""
 
     async def _pass(self, request: Request, address: str) -> Response:
         from aiohttp import ClientError, web
@@ -268,7 +293,7 @@ def new_id() -> str:
 
 def closing() -> Response:
     """To whoever asks while the service ends."""
-    answer = error(503, "this service is ending", "unavailable")
+    answer = error(503, ENDING, "unavailable")
     answer.headers["Retry-After"] = "30"
     return answer
 

@@ -4,6 +4,10 @@ For notebooks: one stage, run as a job runs it, in a child process of the notebo
     done = lab.run("prepare", data=["data/train.jsonl"], languages=["en"], out="lab/prepare")
     done.outputs["dataset"], done.metrics["train"]
 
+A stage that serves runs beside the kernel, until it is stopped or the kernel ends:
+
+    server = lab.start("serve", engine_dir=done.outputs["engine"], out="lab/serve")
+
 The folder `out` is like a stage's folder of a run: config.json, the logs in attempt-N/, the outputs in out/ and,
 written last, manifest.json. What is done there with the same settings, inputs and code is not done again.
 """
@@ -20,12 +24,13 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc.core import config as configs
+from hpc.core import endpoint as endpoints
 from hpc.core import rundir
 from hpc.core import stage as stages
 from hpc.core.assets import PACKAGES
@@ -35,25 +40,17 @@ from hpc.core.plan import Environment, Plan, Planned, Wish, plan
 from hpc.core.rundir import AttemptDir, StageDir
 from hpc.core.site import Site
 from hpc.core.stage import Stage
+from hpc.inside import beside
+from hpc.inside.beside import Server
+from hpc.inside.notebook import LabError, told
 from hpc.inside.service import as_a_child
+
+__all__ = ["Done", "LabError", "Server", "cache", "command", "run", "start"]
 
 _LOOK_S = 0.2
 _SAVE_S = 120
 """So long may a stage that is stopped save its work."""
 _LINES = 15
-
-
-class LabError(HpcError):
-    """What is wrong and what to do; a notebook shows these two sentences and no traceback."""
-
-    def _render_traceback_(self) -> list[str]:  # asked for by IPython
-        return [f"error: {self.message}", *([f"  try: {self.hint}"] if self.hint else [])]
-
-
-def _told(error: HpcError) -> LabError:
-    made = LabError(error.message, hint=error.hint)
-    made.exit_code = error.exit_code
-    return made
 
 
 @dataclass(frozen=True)
@@ -74,10 +71,37 @@ def run(stage: str, *, out: str | Path, **settings: Any) -> Done:
     the same call again goes on from its last checkpoint. LabError where it cannot work, or fails.
     """
     try:
-        (planned,) = _plan({stage: settings}).stages
-        return _run(planned, StageDir(Path(os.path.abspath(out))))
+        found = _plan({stage: settings}, service=False)
+        if found.stages:
+            return _run(found.stages[0], _folder(out))
+        print(*found.notes, sep="\n")  # why there is nothing to do
+        return Done(_folder(out).path, {}, {})
     except HpcError as error:
-        raise _told(error) from None
+        raise told(error) from None
+
+
+def start(stage: str, *, out: str | Path, **settings: Any) -> Server:
+    """Start a stage that serves, and wait until it answers. One that runs with the same settings is kept.
+
+    Nobody else on the machine gets in. It ends with the kernel, or by `stop()`. LabError where it cannot work, or dies.
+    """
+    folder = _folder(out)
+    try:
+        (planned,) = _plan({stage: settings}, service=True).stages
+        earlier = _servers.pop(folder.path, None)
+        if earlier is not None and earlier.runs and (rundir.read_json(folder.config) or {}).get("key") == planned.key:
+            print(f"{stage}: runs already, on {earlier.url}")
+        else:
+            if earlier is not None:
+                earlier.stop()
+            earlier = _started(planned, folder)
+        return _servers.setdefault(folder.path, earlier)
+    except HpcError as error:
+        raise told(error) from None
+
+
+_servers: dict[Path, Server] = {}
+"""Of this kernel: folder -> what serves there."""
 
 
 def command(**settings: Mapping[str, Any]) -> str:
@@ -85,13 +109,15 @@ def command(**settings: Mapping[str, Any]) -> str:
     try:
         planned = _plan(settings).stages
     except HpcError as error:
-        raise _told(error) from None
-    words = ["hpc submit pipeline"]
+        raise told(error) from None
+    values = {}
     for one in planned:
         whole = configs.encode(one.config)  # with absolute paths
         for name in settings[one.name]:
-            words.append("--set " + shlex.quote(f"{one.name}.{name}={json.dumps(whole[name], ensure_ascii=False)}"))
-    return " \\\n    ".join(words)
+            owner = one.stage.settings_of if name in one.stage.shared() else one.name
+            values[f"{owner}.{name}"] = json.dumps(whole[name], ensure_ascii=False)
+    words = [f"pipeline.stages={','.join(settings)}", *(f"{name}={value}" for name, value in values.items())]
+    return " \\\n    ".join(["hpc submit pipeline", *(f"--set {shlex.quote(word)}" for word in words)])
 
 
 def cache() -> Path:
@@ -99,21 +125,34 @@ def cache() -> Path:
     return Path(os.path.abspath(os.environ.get("HPC_CACHE", ".cache")))
 
 
-def _plan(settings: Mapping[str, Mapping[str, Any]]) -> Plan:
+def _folder(out: str | Path) -> StageDir:
+    return StageDir(Path(os.path.abspath(out)))
+
+
+def _plan(settings: Mapping[str, Mapping[str, Any]], *, service: bool | None = None) -> Plan:
+    """What a stage shares with another one of these is that one's. `service`: they must be services, or none."""
     loaded = {name: stages.load(name) for name in settings}
     for stage in loaded.values():
-        if stage.service:
-            raise UsageError(
-                f"{stage.name} serves, it does not end", hint=f"on the login node: hpc submit {stage.name}"
-            )
+        if service is not None and stage.service != service:
+            how = f'lab.{"start" if stage.service else "run"}("{stage.name}", …)'
+            what = "serves, it does not end" if stage.service else "does not serve"
+            raise UsageError(f"{stage.name} {what}", hint=how)
     wishes = [
-        Wish(stage=loaded[name], config=_config(loaded[name], given), overrides={}) for name, given in settings.items()
+        Wish(
+            stage=loaded[name], config=_config(loaded[name], {**_shared(loaded[name], settings), **given}), overrides={}
+        )
+        for name, given in settings.items()
     ]
     facts = _Facts()
     try:
         return plan(wishes, list(settings), Site(name="lab", gpus="gpus_per_node"), facts)
     finally:
         facts.digests.save()
+
+
+def _shared(stage: Stage, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    others = settings.get(stage.settings_of or "", {})
+    return {name: value for name, value in others.items() if name in stage.shared()}
 
 
 class _Facts:
@@ -131,7 +170,7 @@ class _Facts:
     def digest(self, path: str) -> str:
         return self.digests.of(Path(path))
 
-    def model(self, path: str) -> dict[str, Any] | None:
+    def document(self, path: str) -> dict[str, Any] | None:
         return rundir.read_json(Path(path) / "config.json")
 
     def environment(self, name: str) -> Environment:
@@ -156,7 +195,7 @@ def _config(stage: Stage, settings: Mapping[str, Any]) -> Any:
     """The stage's config with these settings, each checked; UsageError names the one that is wrong."""
     hints = typing.get_type_hints(stage.config)
     values = {}
-    for name, value in settings.items():
+    for name, value in {**stage.chosen(settings), **settings}.items():
         if name not in hints:
             raise UsageError(f"{stage.name} has no setting '{name}'", hint=did_you_mean(name, list(hints)))
         values[name] = _as_typed(value, hints[name])
@@ -174,7 +213,7 @@ def _as_typed(value: Any, hint: Any) -> Any:
         value = str(value)
     if typing.get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
-        return tuple(map(str, items)) if isinstance(items, list | tuple) else value
+        return tuple(str(v) if isinstance(v, Path) else v for v in items) if isinstance(items, list | tuple) else value
     return value
 
 
@@ -205,12 +244,7 @@ def _run(planned: Planned, folder: StageDir) -> Done:
     if done is not None:
         print(f"{planned.name}: done already in {_short(folder.path)}; without that folder it is done again")
         return done
-    _clear(folder, planned.key)
-    inputs = {s.name: {"kind": s.kind, "path": s.value, "key": s.key, "stage": None} for s in planned.sources}
-    number = 1 + sum(1 for _ in folder.path.glob("attempt-*"))
-    attempt = folder.attempt(number)
-    attempt.path.mkdir(parents=True)
-    rundir.write_json(folder.config, planned.document(inputs=inputs, out=folder.out, cache=cache()))
+    attempt = _prepare(planned, folder)
     begin = time.monotonic()
     code = _follow(planned.name, folder, attempt)
     if code == STOPPED:
@@ -221,6 +255,27 @@ def _run(planned: Planned, folder: StageDir) -> Done:
     done = _done(folder, planned.key)
     assert done is not None, "the runner writes the manifest before it leaves with 0"
     return done
+
+
+def _started(planned: Planned, folder: StageDir) -> Server:
+    attempt = _prepare(planned, folder)
+    endpoints.clear(folder)  # a kernel that was killed may have left it
+    with beside.sockets_for(planned.stage.ports if planned.stage.private else ()) as sockets:
+        process = _process(planned.name, folder, attempt, tuple(sockets.values()), beside.environment(sockets))
+    return beside.until_ready(
+        planned.name, folder, attempt, process, lambda code: _failure(planned.name, code, attempt)
+    )
+
+
+def _prepare(planned: Planned, folder: StageDir) -> AttemptDir:
+    """The stage's folder as its runner wants it."""
+    _clear(folder, planned.key)
+    inputs = {s.name: {"kind": s.kind, "path": s.value, "key": s.key, "stage": None} for s in planned.sources}
+    number = 1 + sum(1 for _ in folder.path.glob("attempt-*"))
+    attempt = folder.attempt(number)
+    attempt.path.mkdir(parents=True)
+    rundir.write_json(folder.config, planned.document(inputs=inputs, out=folder.out, cache=cache()))
+    return attempt
 
 
 def _done(folder: StageDir, key: str) -> Done | None:
@@ -250,20 +305,7 @@ _WIDTH = 78
 
 def _follow(name: str, folder: StageDir, attempt: AttemptDir) -> int:
     """The stage in its own process, until it has ended; its exit code. An interrupt lets it save its work."""
-    argv = [sys.executable, "-m", "hpc.inside.runner", name, str(folder.config), str(attempt.path)]
-    env = {**os.environ, "PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1"}
-    env.pop("MPLBACKEND", None)  # the kernel's own
-    with open(attempt.stdout, "wb") as out, open(attempt.stderr, "wb") as err:
-        # a session of its own: the interrupt of a cell goes to the kernel's whole process group
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            env=env,
-            start_new_session=True,
-            preexec_fn=as_a_child,
-        )
+    process = _process(name, folder, attempt)
     try:
         _show(name, process, attempt)
     except KeyboardInterrupt:
@@ -276,6 +318,26 @@ def _follow(name: str, folder: StageDir, attempt: AttemptDir) -> int:
             process.kill()
             process.wait()
     return process.returncode
+
+
+def _process(
+    name: str, folder: StageDir, attempt: AttemptDir, sockets: Sequence[int] = (), own: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-m", "hpc.inside.runner", name, str(folder.config), str(attempt.path)]
+    env = {**os.environ, "PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1", **(own or {})}
+    env.pop("MPLBACKEND", None)  # the kernel's own
+    with open(attempt.stdout, "wb") as out, open(attempt.stderr, "wb") as err:
+        # a session of its own: the interrupt of a cell goes to the kernel's whole process group
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=env,
+            start_new_session=True,
+            preexec_fn=as_a_child,
+            pass_fds=sockets,
+        )
 
 
 def _show(name: str, process: subprocess.Popen[bytes], attempt: AttemptDir) -> None:

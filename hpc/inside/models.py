@@ -7,7 +7,6 @@ Standard library at module level; the libraries of the train environment are imp
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from hpc.core import digest
 from hpc.core.config import key_of
 from hpc.core.errors import HpcError
+from hpc.core.rundir import read_json
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -30,8 +30,9 @@ def settle() -> None:
     """Environment for the training libraries; call it before any of them is loaded."""
     # Spinning OpenMP threads make a step ten times slower where other processes share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A stage is one process on one card; a Trainer that sees several would split every batch among them.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "LOCAL_RANK" not in os.environ:
+        # One process on one card; a Trainer that sees several would split every batch among them.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # a job's log is a file
@@ -158,16 +159,20 @@ def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 96) 
     return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a Trainer (it writes trainer_state.json last), or None."""
+def ask(folder: Path, dtype: str, tokenizer: Any, question: str) -> str:
+    """The answer of the model in a folder; it is in memory only meanwhile."""
+    return answer(load(folder, dtype), tokenizer, question)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a Trainer (it writes trainer_state.json last), newest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-        except (OSError, ValueError):
-            continue
-    return None
+    newest = sorted(found, key=step_of, reverse=True)
+    return [path for path in newest if read_json(path / "trainer_state.json") is not None]
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc.inside.chat import Template
 from hpc.inside.door import HEADERS, Door, Request, Response, closing, error, new_id
+from hpc.inside.figures import Request as Counted
 
 _LARGEST_SEED = (1 << 63) - 1
 _REFUSED = {
@@ -178,22 +179,20 @@ class Api:
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
         form = _Form(self._served.name, chat=chat)
-        self._door.running += 1
-        try:
-            pieces = self._pieces(request, words)
-            first = await anext(pieces, None)  # an error comes before anything else: it can still have its status
-            if first is None:
-                return error(499, "the client has left", "cancelled")
-            if body.get("stream"):
-                usage = bool((body.get("stream_options") or {}).get("include_usage"))
-                return await _stream(request, form, first, pieces, usage)
-            return await _whole_answer(form, first, pieces)
-        except _Failed as failed:
-            return error(failed.status, str(failed), failed.kind)
-        finally:
-            self._door.running -= 1
+        with self._door.figures.request() as one:
+            try:
+                pieces = self._pieces(request, words, one)
+                first = await anext(pieces, None)  # an error comes before anything else: it can still have its status
+                if first is None:
+                    return error(499, "the client has left", "cancelled")
+                if body.get("stream"):
+                    usage = bool((body.get("stream_options") or {}).get("include_usage"))
+                    return await _stream(request, form, first, pieces, usage)
+                return await _whole_answer(form, first, pieces)
+            except _Failed as failed:
+                return error(failed.status, str(failed), failed.kind)
 
-    async def _pieces(self, request: Request, words: dict[str, Any]) -> AsyncIterator[_Piece]:
+    async def _pieces(self, request: Request, words: dict[str, Any], one: Counted) -> AsyncIterator[_Piece]:
         """What the model says, piece by piece; all of it is read, also when the client has left."""
         from aiohttp import ClientError
 
@@ -202,10 +201,13 @@ class Api:
             async with self._door.client(request, words["id"]) as client:
                 answer = await client.hold(self._door.post(self._served.target, words, stream=self._served.streams))
                 async for event in _events(answer):
+                    one.left = client.gone
+                    if "error" in event:
+                        one.failed = True
+                        raise _Failed.of(answer.status, str(event["error"]))
+                    self._door.figures.tokens += int(event.get("sequence_length", 1))
                     if client.gone:
                         continue
-                    if "error" in event:
-                        raise _Failed.of(answer.status, str(event["error"]))
                     text = str(event.get("text_output", ""))
                     if self._served.cumulative:
                         text, before = text[len(before) :], text
@@ -216,6 +218,7 @@ class Api:
                         reason=str(event.get("finish_reason", "")),
                     )
         except (ClientError, OSError, RuntimeError) as failed:
+            one.failed = True
             raise _Failed(502, "the server ended in the middle of the answer", "server_error") from failed
 
 

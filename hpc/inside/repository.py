@@ -82,11 +82,12 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
         "stop_words_as": "text" if engine == "onnxruntime_genai" else "tokens",
+        "max_tokens_in_cache": settings.max_tokens_in_paged_kv_cache or 0,
     }
     parameters = {"gpt_model_type": settings.batching_strategy, **{n: found[n] for n in _ENGINE_PARAMETERS}}
     texts = {name: _word(value) for name, value in found.items() if value is not None}
     lines = [_PARAMETER.format(name, _word(value)) for name, value in parameters.items() if value is not None]
-    maps = _TEXT_BY_THE_ENGINE if engine == "onnxruntime_genai" else dict.fromkeys(_TEXT_BY_THE_ENGINE, "")
+    maps = _BY_OUR_ENGINE if engine == "onnxruntime_genai" else dict.fromkeys(_BY_OUR_ENGINE, "")
     return {**texts, **maps, "engine_parameters": "\n".join(lines)}
 
 
@@ -97,12 +98,13 @@ def _maps(kind: str, **names: str) -> str:
     return "".join(f'\n      {kind} {{ key: "{key}" value: "{value}" }}' for key, value in names.items())
 
 
-_TEXT_BY_THE_ENGINE = {
+_BY_OUR_ENGINE = {
+    "adapter_input": ',\n  { name: "lora_name" data_type: TYPE_STRING dims: [ 1 ] optional: true }',
     "ensemble_outputs": "".join(
         f',\n  {{ name: "{name}" data_type: {kind} dims: [ 1 ] }}'
         for name, kind in (("prompt_length", "TYPE_INT32"), ("finish_reason", "TYPE_STRING"))
     ),
-    "ensemble_engine_inputs": _maps("input_map", stop_words="stop_words"),
+    "ensemble_engine_inputs": _maps("input_map", stop_words="stop_words", lora_name="lora_name"),
     "ensemble_engine_outputs": _maps(
         "output_map", context_ids="_context_ids", text_begin="_text_begin", text_end="_text_end",
         prompt_length="prompt_length", finish_reason="finish_reason",
@@ -111,7 +113,8 @@ _TEXT_BY_THE_ENGINE = {
         "input_map", CONTEXT="_context_ids", TEXT_BEGIN="_text_begin", TEXT_END="_text_end",
     ),
 }  # fmt: skip
-"""What our own engine's model tells beyond the tokens: which part of their text is certain, and why it ended."""
+"""What our own engine's model takes and tells beyond tokens: an adapter's name; which part of their text is certain,
+and why it ended."""
 
 
 def _word(value: object) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import random
-import secrets
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from hpc.core import endpoint as endpoints
 from hpc.core import rundir
-from hpc.core.endpoint import FIRST_PORT, HANDED, LAST_PORT, Endpoint
+from hpc.core.endpoint import FIRST_PORT, LAST_PORT, Endpoint
 from hpc.core.errors import HpcError
 from hpc.core.rundir import StageDir
 from hpc.core.stage import Context
@@ -57,11 +56,11 @@ def serve(ctx: Context, server: Server) -> None:
     """Start it, announce it once it answers, and stay until it ends or is asked to.
 
     A program that ends by itself with exit code 0 was ended by its user, or was idle: that is no error. The scheduler's
-    warning before the time limit (USR2) is told, and the service goes on; SIGTERM ends it. HpcError where it does not
-    start, or dies.
+    warning before the time limit (USR2) is told, and the service goes on; SIGTERM ends it. A job of Slurm's may then be
+    started again, so its token is left to `hpc.node.enter`. HpcError where it does not start, or dies.
     """
     folder = StageDir(ctx.folder)
-    token = secrets.token_urlsafe(32)
+    token = endpoints.token_of(folder)
     asked = _Asked(ctx)
     try:
         process, ports = _start(ctx, server, token, asked)
@@ -71,10 +70,10 @@ def serve(ctx: Context, server: Server) -> None:
                 ctx.event("ready", ports=dict(ports))
             while not asked.end and process.poll() is None:
                 time.sleep(_LOOK_S)
-            endpoints.clear(folder, _job())
+            endpoints.clear(folder, _job(), keep_token=asked.end and bool(_job()))
             code = _end(process, server.grace_s) if process.poll() is None else process.returncode
     finally:
-        endpoints.clear(folder, _job())
+        endpoints.clear(folder, _job(), keep_token=asked.end and bool(_job()))
     if code and not asked.end:
         raise HpcError(
             f"the service ended by itself: {_how(code)}", hint="its last lines are in the log: `hpc logs` shows them"
@@ -106,16 +105,16 @@ def _start(
     ctx: Context, server: Server, token: str, asked: _Asked
 ) -> tuple[subprocess.Popen[bytes], Mapping[str, int]]:
     """The program, answering (or ended, where that was asked for meanwhile), and its ports."""
-    sockets = _handed()
+    sockets = endpoints.handed(os.environ)
     for _ in range(_TRIES):
-        ports = _port_of(sockets[0], server) if sockets else free_ports(server.ports, server.wish, ctx.bind)
+        ports = _ports_of(sockets, server) if sockets else free_ports(server.ports, server.wish, ctx.bind)
         process = subprocess.Popen(
             server.argv(ports),
             stdin=subprocess.DEVNULL,
             env={**os.environ, **server.env(token)},
             cwd=server.cwd,
             preexec_fn=as_a_child,
-            pass_fds=sockets,
+            pass_fds=tuple(sockets.values()),
         )
         if _answers(ctx, process, server, ports, token, asked):
             return process, ports
@@ -132,21 +131,19 @@ def _start(
     raise HpcError(f"no free port was found in {_TRIES} tries", hint="submit again, or on another node")
 
 
-def _handed() -> tuple[int, ...]:
-    """The open socket that a private service got from outside its network, as pass_fds takes it."""
-    number = os.environ.get(HANDED, "")
-    return (int(number),) if number else ()
-
-
-def _port_of(number: int, server: Server) -> dict[str, int]:
+def _ports_of(sockets: Mapping[str, int], server: Server) -> dict[str, int]:
+    """The ports of the open sockets that a private service got from outside its network."""
+    ports = {}
     try:
-        with socket.socket(fileno=os.dup(number)) as listening:
-            return {server.ports[0]: listening.getsockname()[1]}
+        for name in server.ports:
+            with socket.socket(fileno=os.dup(sockets[name])) as listening:
+                ports[name] = listening.getsockname()[1]
     except OSError as error:
         raise HpcError(
-            "the socket that was opened for this service did not reach it",
+            "the sockets that were opened for this service did not reach it",
             hint="does this Apptainer pass open files on? `hpc doctor` shows its version",
         ) from error
+    return ports
 
 
 def _answers(

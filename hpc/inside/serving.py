@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.core.endpoint import HANDED
+from hpc.core.endpoint import handed
 from hpc.core.errors import HpcError
-from hpc.inside import triton
+from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
 from hpc.inside.openai import Api, Served
@@ -37,6 +37,8 @@ class Settings:
     """All that the process is told, as JSON."""
 
     repository: str
+    figures: str
+    """The file that says how much it does."""
     own: str
     """A folder for this start alone: pid file, the reason of a failure."""
     shm: str
@@ -46,8 +48,8 @@ class Settings:
     served: Mapping[str, Any]
     stop_model: str
     bind: str
-    port: int
-    """Where it answers if no open socket was handed in; else the same number on its own loopback."""
+    ports: Mapping[str, int]
+    """Where it answers if no open sockets were handed in: http, grpc, metrics."""
     ready_s: float
     drain_s: float
     end_s: float
@@ -73,11 +75,12 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    http, metrics = _free_port(), _free_port()
+    inner = {name: _free_port() for name in triton.PORTS}
+    at = {name: f"127.0.0.1:{port}" for name, port in inner.items()}
     program, env = triton.program(Path(settings.own))
-    argv = triton.argv(Path(settings.repository), http, metrics, settings.shm, world=settings.world, program=program)
+    argv = triton.argv(Path(settings.repository), inner, settings.shm, world=settings.world, program=program)
     server = Triton(argv, env, Path(settings.own) / "pid")
-    door = Door(token, f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}", settings.stop_model)
+    door = Door(token, f"http://{at['http']}", f"http://{at['metrics']}", settings.stop_model)
     app = door.app()
     served = Served(**settings.served)
     Api(door, served, Template(Path(settings.tokenizer))).add_to(app)
@@ -89,15 +92,21 @@ async def _serve(settings: Settings) -> int:
     app.router.add_get("/", show)
     runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
     try:
-        if not await _is_ready(server, http, served, settings.ready_s, asked):
+        if not await _is_ready(server, inner["http"], served, settings.ready_s, asked):
             return 0
         await runner.setup()
-        for listening in _sockets(settings):
-            await web.SockSite(runner, listening).start()
-        server.watch()
-        door.ready = True
-        await _stay(server, asked)
-        await _drained(door, settings.drain_s)
+        sockets = _sockets(settings)
+        async with rpc.opened(door, at["grpc"], sockets["grpc"]):
+            for listening in (*sockets["http"], *sockets["metrics"]):
+                await web.SockSite(runner, listening).start()
+            server.watch()
+            door.ready = True
+            told = asyncio.ensure_future(figures.keep(Path(settings.figures), door.figures, door.metrics_text))
+            try:
+                await _stay(server, asked)
+            finally:
+                told.cancel()
+            await _drained(door, settings.drain_s)
         return 0
     finally:
         door.closing = True
@@ -193,14 +202,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _sockets(settings: Settings) -> list[socket.socket]:
-    """Where the door answers: the socket that was handed in from the node's network, and its own loopback."""
-    handed = os.environ.get(HANDED, "")
-    own = socket.socket()
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    own.bind(("127.0.0.1" if handed else settings.bind, settings.port))
-    own.listen(128)
-    return [own, *([socket.socket(fileno=int(handed))] if handed else [])]
+def _sockets(settings: Settings) -> dict[str, list[socket.socket]]:
+    """Where the door answers: the sockets that were handed in from the node's network, and its own loopback."""
+    given = handed(os.environ)
+    found = {name: [socket.socket(fileno=number)] for name, number in given.items()}
+    for name, port in settings.ports.items():
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(("127.0.0.1" if given else settings.bind, port))
+        own.listen(128)
+        found.setdefault(name, []).append(own)
+    return found
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ _KEPT = 20
 
 
 def argv(
-    repository: Path, http: int, metrics: int, shm: str, *, world: int = 1, program: str = "tritonserver"
+    repository: Path, ports: Mapping[str, int], shm: str, *, world: int = 1, program: str = "tritonserver"
 ) -> list[str]:
     """The command; with `world` > 1 one rank per GPU on this node, of which the first answers.
 
     Ranks after the first load the engine alone and open no port. The first mpirun argument list is the leader's.
     """
-    first = _server(program, repository, shm, 0, http=http, metrics=metrics)
+    first = _server(program, repository, shm, 0, ports)
     if world == 1:
         return first
     words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "1", *first]
@@ -41,11 +41,11 @@ def argv(
 
 
 def for_srun(
-    repository: Path, http: int, metrics: int, shm: str, *, world: int, nodes: int, mpi: str = "pmix",
+    repository: Path, ports: Mapping[str, int], shm: str, *, world: int, nodes: int, mpi: str = "pmix",
     program: str = "tritonserver",
 ) -> list[str]:  # fmt: skip
     """The words after `srun` for several nodes: one task of Slurm per GPU, which finds its rank in its number there."""
-    first = _server(program, repository, shm, 0, http=http, metrics=metrics)
+    first = _server(program, repository, shm, 0, ports)
     rest = _server(program, repository, shm, 1)
     script = 'if [ "$SLURM_PROCID" = 0 ]; then exec {}; else exec {}; fi'.format(*map(_quoted, (first, rest)))
     return [
@@ -60,20 +60,17 @@ def _quoted(words: Sequence[str]) -> str:
     return shlex.join(words).replace("rank1_", "rank${SLURM_PROCID}_")
 
 
-def _server(program: str, repository: Path, shm: str, rank: int, *, http: int = 0, metrics: int = 0) -> list[str]:
-    ports = [
-        "--allow-http=false",
-        "--allow-metrics=false",
-        "--model-control-mode=explicit",
-        "--load-model=tensorrt_llm",
-    ]
-    if rank == 0:
-        ports = [
-            "--http-address=127.0.0.1", f"--http-port={http}",
-            "--metrics-address=127.0.0.1", f"--metrics-port={metrics}",
-        ]  # fmt: skip
+PORTS = ("http", "grpc", "metrics")
+"""What it listens on, as its options name them."""
+
+
+def _server(program: str, repository: Path, shm: str, rank: int, ports: Mapping[str, int] | None = None) -> list[str]:
+    listens = [f"--allow-{name}=false" for name in PORTS]
+    listens += ["--model-control-mode=explicit", "--load-model=tensorrt_llm"]
+    if ports is not None:
+        listens = [word for name in PORTS for word in (f"--{name}-address=127.0.0.1", f"--{name}-port={ports[name]}")]
     return [
-        program, f"--model-repository={repository}", *ports, "--allow-grpc=false", "--disable-auto-complete-config",
+        program, f"--model-repository={repository}", *listens, "--disable-auto-complete-config",
         f"--exit-timeout-secs={_EXIT_TIMEOUT_S}", f"--backend-config=python,shm-region-prefix-name={shm}rank{rank}_",
     ]  # fmt: skip
 

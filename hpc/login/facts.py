@@ -47,7 +47,7 @@ class MachineFacts:
     def source(self, stage: Stage) -> bytes:
         return stages.source(stage)
 
-    def model(self, path: str) -> dict[str, Any] | None:
+    def document(self, path: str) -> dict[str, Any] | None:
         return read_json(Path(path) / "config.json")
 
     def environment(self, name: str) -> Environment:

@@ -113,7 +113,7 @@ def _argument(text: str, recipe: recipes.Recipe) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UsageError(f"--build-arg {text}: not NAME=VALUE", hint="for example --build-arg mirror=URL")
-    return name, str(Path(value).absolute()) if name in {recipe.below, "wheels"} else value
+    return name, str(Path(value).absolute()) if name in {recipe.base, "wheels"} else value
 
 
 def _pull(options: argparse.Namespace, settings: Settings) -> Answer:

@@ -139,10 +139,10 @@ class Maker:
     def _base(self, recipe: Recipe, given: Mapping[str, str]) -> Path | None:
         """The image that the recipe stands on: as given, else in one of the two folders, else built now."""
         name = recipe.below
-        if name is None:
+        if name is None or recipe.base is None:
             return None
-        if name in given:
-            return Path(given[name])
+        if recipe.base in given:
+            return Path(given[recipe.base])
         for folder in (self.folder, self.shared):
             image = recipes.lying(name, [folder])
             if image and not recipes.outdated(name, image, (self.folder, self.shared), self.root):
@@ -152,8 +152,8 @@ class Maker:
     def _arguments(self, recipe: Recipe, given: Mapping[str, str], base: Path | None, folder: Path) -> dict[str, str]:
         """Every {{ argument }} of the recipe with its value."""
         found = dict(given)
-        if recipe.below is not None:
-            found[recipe.below] = str(base)
+        if recipe.base is not None:
+            found[recipe.base] = str(base)
         if "mirror" in recipe.arguments and "mirror" not in found:
             found["mirror"] = recipes.mirror(recipes.release(recipe))
         if recipe.requirements is not None:

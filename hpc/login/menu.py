@@ -1,4 +1,4 @@
-"""The lab by numbers, for a terminal: each choice is a command of `hpc` that could have been typed as well."""
+"""The labs by numbers, for a terminal: each choice is a command of `hpc` that could have been typed as well."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from hpc.core.rundir import RunsDir
 from hpc.login.settings import locate
 from hpc.login.states import Scheduler, states
 
-_LAB = "jupyter"
-_NOTEBOOK = "finetuning-lab.ipynb"
+_FINETUNING, _ENGINE = "jupyter", "enginelab"
+_OPENED = {_FINETUNING: ["--set", f"{_FINETUNING}.open=finetuning-lab.ipynb"]}
+"""What is said at the submission beside the stage's name."""
 _CHOICES = """
   1) Finetuning lab: start it, or go to the one that runs
-  R) Reset it
+  2) Engine lab: the same
+  R) Reset the finetuning lab
+  T) Reset the engine lab
   S) Status
-  T) Tunnel again, also with another login name
+  A) The tunnel again, also with another login name
   X) Exit
 """
 
@@ -25,10 +28,12 @@ _CHOICES = """
 def menu() -> int:
     """Ask, do, and ask again, until X, the end of the input, or Ctrl-C."""
     actions: dict[str, Callable[[], object]] = {
-        "1": _lab,
-        "r": lambda: _hpc("reset", _LAB),
+        "1": lambda: _lab(_FINETUNING),
+        "2": lambda: _lab(_ENGINE),
+        "r": lambda: _hpc("reset", _FINETUNING),
+        "t": lambda: _hpc("reset", _ENGINE),
         "s": lambda: _hpc("status"),
-        "t": lambda: _hpc("tunnel", _LAB),
+        "a": lambda: _hpc("tunnel", _running(_FINETUNING, _ENGINE) or _FINETUNING),
     }
     while True:
         print(_CHOICES)
@@ -36,7 +41,7 @@ def menu() -> int:
         if word is None or word.lower() == "x":
             return 0
         if word and word.lower() not in actions:
-            print(f"there is no '{word}': type 1, R, S, T or X", file=sys.stderr)
+            print(f"there is no '{word}': type 1, 2, R, T, S, A or X", file=sys.stderr)
         elif word:
             try:
                 actions[word.lower()]()
@@ -60,21 +65,21 @@ def _hpc(*arguments: str) -> int:
     return main(arguments)
 
 
-def _lab() -> None:
-    found = _running()
+def _lab(lab: str) -> None:
+    found = _running(lab)
     if found is not None:
         print(f"it runs already: {found}")
-    elif _hpc("submit", _LAB, "--set", f"{_LAB}.open={_NOTEBOOK}", "--wait"):
+    elif _hpc("submit", lab, *_OPENED.get(lab, ()), "--wait"):
         return
-    _hpc("tunnel", found or _LAB)  # waits until it answers
+    _hpc("tunnel", found or lab)  # waits until it answers
 
 
-def _running() -> str | None:
-    """RUN/jupyter of a lab of mine that runs or waits, whatever its settings were."""
+def _running(*labs: str) -> str | None:
+    """RUN/STAGE of the latest of these labs that runs or waits, whatever its settings were."""
     everything = RunsDir(locate().runs).runs()
-    mine = [(run, asked) for run, asked in everything if asked["uid"] == os.getuid() and _LAB in asked["keys"]]
+    mine = [(run, asked) for run, asked in everything if asked["uid"] == os.getuid() and {*labs} & asked["keys"].keys()]
     scheduler = Scheduler()
     rows = states(mine, scheduler)
     if scheduler.problem is not None:
         raise scheduler.problem
-    return next((f"{s.run}/{s.stage}" for s in rows if s.stage == _LAB and s.active), None)
+    return next((f"{s.run}/{s.stage}" for s in rows if s.stage in labs and s.active), None)

@@ -99,6 +99,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         limit_s=limit_s,
         enforce=site.scheduler == "local",
         listen=_bind(site) if planned.stage.private else "",
+        ports=planned.stage.ports if planned.stage.private else (),
         signal_delay_s=delay_s,
     )
     return Placed(

@@ -1,8 +1,8 @@
 """Recipes, containers/NAME.def with NAME.requirements.txt: what each is made of, and values for its {{ arguments }}.
 
-A recipe `From: {{ NAME }}` stands on the environment NAME, and that argument is its image. Two more are filled in:
-`wheels` is a folder with the requirements' wheels, `mirror` the Debian mirror of this machine. Any other has a default
-in %arguments, or is the user's to give.
+A recipe `From: {{ NAME }}` stands on the environment NAME, and that argument is its image (Apptainer's arguments have
+no hyphen: {{ serve_cpu }} is serve-cpu). Two more are filled in: `wheels` is a folder with the requirements' wheels,
+`mirror` the Debian mirror of this machine. Any other has a default in %arguments, or is the user's to give.
 """
 
 from __future__ import annotations
@@ -63,10 +63,18 @@ class Recipe:
         return f"docker://{self._header('From')}" if self._header("Bootstrap") == "docker" else ""
 
     @property
-    def below(self) -> str | None:
-        """The environment that it stands on; None where it stands on none of ours."""
+    def base(self) -> str | None:
+        """The argument whose value is the image of the environment that it stands on."""
         found = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", self._header("From"))
         return found[1] if found and self._header("Bootstrap") == "localimage" else None
+
+    @property
+    def below(self) -> str | None:
+        """The environment that it stands on; None where it stands on none of ours."""
+        if self.base is None:
+            return None
+        name = self.base.replace("_", "-")
+        return name if any((f / f"{name}.def").is_file() for f in (self.path.parent, CONTAINERS)) else self.base
 
     @property
     def python(self) -> str:
@@ -84,7 +92,7 @@ class Recipe:
         """Name -> sha256 of all that the image is made of; `below` is that of what it stands on."""
         files = [self.path, *([self.requirements] if self.requirements else [])]
         found = {file.name: sha256(file) for file in files}
-        others = {k: v for k, v in given.items() if k not in (*FILLED, self.below)}
+        others = {k: v for k, v in given.items() if k not in (*FILLED, self.base)}
         found.update({f"argument {k}": hashlib.sha256(v.encode()).hexdigest() for k, v in others.items()})
         return {**found, **({self.below: below} if self.below and below else {})}
 
@@ -176,7 +184,7 @@ def refuse_unknown(recipe: Recipe, given: Mapping[str, str]) -> None:
             hint = did_you_mean(name, list(recipe.arguments)) if recipe.arguments else "it has no arguments"
             raise UsageError(f"{recipe.path.name} has no argument '{name}'", hint=hint)
     for name in recipe.arguments:
-        if name not in (*given, *FILLED, recipe.below, *recipe.defaults):
+        if name not in (*given, *FILLED, recipe.base, *recipe.defaults):
             meaning = recipe.meaning(name) or "VALUE"
             raise UsageError(
                 f"{recipe.path.name} needs a value for '{name}'",

@@ -266,6 +266,9 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
                 origins.update({f"{stage.name}.{field}.{key}": layer.origin for key in value})
             else:
                 values[field] = value
+    for field, value in stage.chosen(values).items():
+        if field not in values:
+            values[field], origins[f"{stage.name}.{field}"] = value, f"preset {values['preset']}"
     config = dict(_checked(stage.name, stage.config, values, origins))
     missing = [f.name for f in dataclasses.fields(stage.config) if f.name not in config and _required(f)]
     if missing:

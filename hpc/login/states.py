@@ -14,7 +14,7 @@ from hpc.core import endpoint as endpoints
 from hpc.core import rundir
 from hpc.core.errors import HpcError, RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
-from hpc.login import slurm
+from hpc.login import doing, slurm
 from hpc.login.slurm import ENDED
 from hpc.node.enter import alive
 
@@ -58,6 +58,8 @@ class StageState:
     message: str = ""
     endpoint: str = ""
     """Where a service answers, as NODE:PORT; empty until it does."""
+    figures: Mapping[str, Any] | None = None
+    """How much it does, as it says itself: running, done, failed, tokens_s, queue_ms, kv_use."""
     exit_code: int | None = None
     resumable: bool = False
     reused: str = ""
@@ -217,8 +219,10 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
     events = rundir.last_events(attempt.events)
     last = events[-1] if events else {"phase": "starting"}
     state = replace(state, elapsed_s=elapsed, phase=last["phase"], message=last.get("message", ""))
-    if state.phase in SERVING and (found := endpoints.read(StageDir(Path(state.folder)))) is not None:
-        return replace(state, endpoint=found.address)
+    folder = StageDir(Path(state.folder))
+    if state.phase in SERVING and (found := endpoints.read(folder)) is not None:
+        state = replace(state, endpoint=found.address, figures=doing.read(folder, found.ready))
+        return state if state.message else replace(state, message=doing.in_words(state.figures))
     # how far the image's copy is, is no news once the stage has begun
     latest = next((e for e in reversed(events) if e.get("total") and _copies(e) == _copies(last)), None)
     if latest is None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,7 +52,9 @@ class Job:
     """True where no scheduler enforces the limit, so that this process must."""
     signal_delay_s: int = 90
     listen: str = ""
-    """The address of the socket that is opened for the payload, which has no network of its own."""
+    """The address of the sockets that are opened for the payload, which has an empty network."""
+    ports: tuple[str, ...] = ()
+    """Their names."""
 
 
 def enter(job: Job) -> None:
@@ -60,7 +62,7 @@ def enter(job: Job) -> None:
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     attempt = stage_dir.attempt(job.attempt)
     _keep_earlier_outcome(attempt)
-    endpoint.clear(stage_dir)
+    endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
@@ -72,7 +74,7 @@ def enter(job: Job) -> None:
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""))
+    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=_may_return(result))
     watch.record(result)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
@@ -156,12 +158,12 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
 
 
 def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
-    with private.socket_for(job.listen) as sockets:
+    with private.sockets_for(job.listen, job.ports) as sockets:
         return _run_payload(job, attempt, watch, sockets)
 
 
-def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: tuple[int, ...]) -> outcome.Outcome:
-    own = replace(job.launch, env={**job.launch.env, **private.handed(sockets)})
+def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: Mapping[str, int]) -> outcome.Outcome:
+    own = replace(job.launch, env={**job.launch.env, **endpoint.handing(sockets)})
     env = process_env(own, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
@@ -174,7 +176,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: t
             stderr=stderr,
             env=env,
             preexec_fn=_die_with_us,
-            pass_fds=sockets,
+            pass_fds=tuple(sockets.values()),
         )
         for number in watch.signals:  # one that came while it was being started reached nobody
             watch.child.send_signal(number)
@@ -291,6 +293,12 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+
+
+def _may_return(result: outcome.Outcome) -> bool:
+    """Whether Slurm may start this very job again: preempted, requeued, or cancelled, but not by `hpc cancel`."""
+    ended = result.state in {"PREEMPTED", "CANCELLED"} and result.resumable
+    return ended and os.environ.get("SLURM_JOB_ID") == _job_id()
 
 
 def _disk_full(path: Path) -> bool:

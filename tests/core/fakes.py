@@ -20,6 +20,7 @@ class Settings:
     data: tuple[str, ...] = ()
     dataset: str | None = None
     model: str | None = None
+    endpoint: str | None = None
     rank: int = 8
 
 
@@ -68,7 +69,7 @@ class FakeFacts:
     files: dict[str, str] = field(default_factory=dict)
     """Path as the settings spell it -> content. It lies in `root`."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Model folder as the settings spell it -> its config.json."""
+    """Folder of a model or a stage as the settings spell it -> its config.json."""
     root: str = "/project"
     image: str = "image-1"
     versions: dict[str, str] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class FakeFacts:
     def path(self, text: str) -> str | None:
         return f"{self.root}/{text}" if text in self.files else None
 
-    def model(self, path: str) -> dict[str, Any] | None:
+    def document(self, path: str) -> dict[str, Any] | None:
         return self.models.get(path.removeprefix(f"{self.root}/"))
 
     def digest(self, path: str) -> str:

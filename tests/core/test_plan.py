@@ -275,3 +275,30 @@ def test_input_of_another_name_is_not_taken_over() -> None:
     merge = make("merge", consumes={"other": "dataset"})
     error = refusal([wish(finetune, dataset="d"), wish(merge)], "merge", files={"d": ""})
     assert error.message.startswith("merge needs a dataset as 'other'")
+
+
+# ---- a service as an input
+
+
+def asked(given: str, **facts: Any) -> Plan:
+    return planned([wish(make("ask", consumes={"endpoint": "endpoint"}), endpoint=given)], ["ask"], **facts)
+
+
+def test_an_endpoint_counts_by_what_is_served_and_not_by_where() -> None:
+    runs = {"runs/a/serve": "x", "runs/b/serve": "y", "runs/c/serve": "z"}
+    documents = {f"runs/{run}/serve": {"key": key} for run, key in (("a", "7"), ("b", "7"), ("c", "8"))}
+    one, same, other = (asked(path, files=runs, models=documents) for path in runs)
+    assert one.stages[0].reads == ("/project/runs/a/serve",)
+    assert one.keys == same.keys
+    assert one.keys != other.keys
+
+
+def test_an_endpoint_can_be_the_address_of_another_service() -> None:
+    (stage,) = asked("http://there:8000/v1").stages
+    assert (stage.sources[0].value, stage.reads) == ("http://there:8000/v1", ())
+
+
+@pytest.mark.parametrize("files", [{}, {"serve": "a folder of something else"}])
+def test_an_endpoint_that_is_none_is_refused(files: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="'serve' is not the folder of a serving stage"):
+        asked("serve", files=files)

@@ -14,7 +14,7 @@ import pytest
 
 from hpc.core import stage as stages
 from hpc.inside import lab
-from tests.support import probe
+from tests.support import probe, serving
 
 ROOT = Path(lab.__file__).resolve().parents[2]
 ROWS = [{"instruction": f"What is wall {i}?", "output": f"Wall {i} is a wall."} for i in range(6)]
@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_replace_it(
         ("prepare", {"data": "data.jsonl", "eval_rows": 6}, "6 of 6 records are left", "check prepare.languages"),
         ("finetune", {}, "finetune needs a hf_model as 'base_model'", "set finetune.base_model"),
         ("finetune", {"base_model": "nowhere"}, "there is no 'nowhere'", "give a folder"),
-        ("jupyter", {}, "jupyter serves", "hpc submit jupyter"),
+        ("jupyter", {}, "jupyter serves", 'lab.start("jupyter", …)'),
     ],
 )
 def test_what_cannot_work_is_two_sentences(
@@ -100,10 +100,31 @@ def test_command_says_the_same_with_whole_paths(here: Path) -> None:
     finetune = {"base_model": "models/x.gguf", "lora_r": 4, "learning_rate": 1e-3}
     text = lab.command(prepare={"data": ["data.jsonl"]}, finetune=finetune, merge={"ask": "What's a 벽?"})
     assert text.replace(" \\\n    ", " ") == (
-        f"hpc submit pipeline --set 'prepare.data=[\"{here}/data.jsonl\"]'"
+        f"hpc submit pipeline --set pipeline.stages=prepare,finetune,merge --set 'prepare.data=[\"{here}/data.jsonl\"]'"
         f" --set 'finetune.base_model=\"{here}/models/x.gguf\"' --set finetune.lora_r=4"
         """ --set finetune.learning_rate=0.001 --set 'merge.ask="What'"'"'s a 벽?"'"""
     )
+
+
+def test_what_stages_share_is_said_once_under_the_name_that_settings_know(here: Path) -> None:
+    (here / "m").mkdir()
+    (here / "m/config.json").write_text("{}")
+    (here / "m/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    engine = {"engine": "onnxruntime_genai", "quantization": "int4"}
+    text = lab.command(convert={}, build={**engine, "model": "m"}, serve={"max_tokens": 9, "max_batch_size": 2})
+    assert text.replace(" \\\n    ", " ") == (
+        "hpc submit pipeline --set pipeline.stages=convert,build,serve --set 'build.engine=\"onnxruntime_genai\"'"
+        f" --set 'build.quantization=\"int4\"' --set 'build.model=\"{here}/m\"'"
+        " --set serve.max_tokens=9 --set build.max_batch_size=2"
+    )
+
+
+def test_stage_that_has_nothing_to_do_says_why(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "m").mkdir()
+    done = lab.run("convert", engine="onnxruntime_genai", model="m", out="c")
+    assert (done.outputs, done.metrics) == ({}, {})
+    assert capsys.readouterr().out == "convert: nothing to do, onnxruntime_genai takes the model as it is\n"
+    assert not (here / "c").exists()
 
 
 @pytest.mark.parametrize("name", stages.available())
@@ -180,3 +201,92 @@ def test_stage_ends_with_its_kernel(here: Path, packages: Path) -> None:
     while not (here / "p/checkpoints/saved").exists():  # written at SIGTERM
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# ---- a stage that serves beside the notebook
+
+
+def served(here: Path, packages: Path, *cells: str) -> subprocess.Popen[str]:
+    """A kernel of its own that runs these cells on the service of the tests."""
+    serving.write(packages / "stages")
+    code = "\n".join(["import json, sys, time", "from hpc.inside import lab", *cells])
+    env = {"PYTHONPATH": str(packages), "PATH": "/usr/bin:/bin"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=here, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+START = 'server = lab.start("door", out="s"{})'
+
+
+def test_service_is_started_asked_and_ended(here: Path, packages: Path) -> None:
+    cells = (
+        START.format(""), "first = server.url", START.format(""), "assert server.url == first",
+        "print(server.ask('/page'), server.log())",
+        "token = open('s/token').read()",
+        "server.stop(); server.stop(); print(server)",
+        START.format(", ready_s=30.0"),  # other settings: it is started anew, with another token
+        "assert open('s/token').read() != token",
+        START.format(", ready_s=31.0"),
+    )  # fmt: skip
+    out, err = served(here, packages, *cells).communicate(timeout=60)
+    assert err == ""
+    lines = [line.rstrip() for line in out.splitlines() if line and "starting" not in line]
+    assert lines[0].startswith("door: answers on port ")
+    assert lines[1].startswith("door: runs already, on http://127.0.0.1:")
+    assert lines[2].endswith(" door opens")
+    assert lines[3] == "door: ended"
+    assert lines[4].endswith(", has ended>")
+    assert [line.partition(" on ")[0] for line in lines[5:]] == ["door: answers", "door: ended", "door: answers"]
+    assert not gone(here / "s/token", here / "s/endpoint.json"), "with the kernel"
+
+
+def gone(*paths: Path) -> list[Path]:
+    """Those that are still there after a while."""
+    deadline = time.monotonic() + 10
+    while (left := [path for path in paths if path.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (['lab.start("door", out="s", fail="no room")'], "the service ended before it answered: exit code 1"),
+        ([START.format(""), 'server.ask("/die")'], "door does not answer"),
+        ([START.format(""), "server._token = 'x'; server.ask('/page')"], "door answered 403 to /page"),
+        (['lab.run("door", out="s")'], 'door serves, it does not end lab.start("door", …)'),
+        (['lab.start("prepare", data="data.jsonl", out="s")'], 'prepare does not serve lab.run("prepare", …)'),
+    ],
+)
+def test_what_goes_wrong_with_a_service_is_two_sentences(
+    here: Path, packages: Path, cells: list[str], said: str
+) -> None:
+    lines = [f"    {cell}" for cell in cells]
+    code = ["try:", *lines, "except lab.LabError as error:", "    print(error.message, error.hint)"]
+    out, err = served(here, packages, *code).communicate(timeout=60)
+    assert said in out, out + err
+
+
+def test_service_ends_with_a_kernel_that_is_killed(here: Path, packages: Path) -> None:
+    cell = served(here, packages, START.format(""), "print('up', flush=True)", "time.sleep(60)")
+    assert cell.stdout is not None
+    while "up" not in cell.stdout.readline():
+        assert cell.poll() is None
+    pid = json.loads((here / "s/endpoint.json").read_text())["pid"]
+    cell.kill()
+    cell.communicate()
+    assert not gone(Path(f"/proc/{pid}"), here / "s/endpoint.json")
+
+
+def test_interrupted_start_ends_what_was_started(here: Path, packages: Path) -> None:
+    cell = served(here, packages, "try:", f"    {START.format(', delay=60.0')}",
+                  "except lab.LabError as error: print(error.message)")  # fmt: skip
+    events = here / "s/attempt-1/stdout"
+    deadline = time.monotonic() + 20
+    while not (events.exists() and "door opens" in events.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cell.send_signal(signal.SIGINT)
+    out, err = cell.communicate(timeout=30)
+    assert "door was stopped" in out, err

@@ -57,12 +57,12 @@ def test_good_bases_pass(tmp_path: Path) -> None:
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    assert models.last_checkpoint(tmp_path) is None
+    assert models.checkpoints(tmp_path) == []
     for step, state in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
         folder(tmp_path / f"checkpoint-{step}")
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert models.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert models.checkpoints(tmp_path)[0] == tmp_path / "checkpoint-10"
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:

@@ -15,17 +15,20 @@ import pytest
 from hpc.core.errors import HpcError
 from hpc.inside import hints, triton
 
+PORTS = {"http": 1, "grpc": 2, "metrics": 3}
 
-def test_one_rank_on_loopback_without_grpc() -> None:
-    assert triton.argv(Path("/r"), 1, 2, "p_") == [
+
+def test_one_rank_on_loopback_alone() -> None:
+    assert triton.argv(Path("/r"), PORTS, "p_") == [
         "tritonserver", "--model-repository=/r", "--http-address=127.0.0.1", "--http-port=1",
-        "--metrics-address=127.0.0.1", "--metrics-port=2", "--allow-grpc=false", "--disable-auto-complete-config",
+        "--grpc-address=127.0.0.1", "--grpc-port=2", "--metrics-address=127.0.0.1", "--metrics-port=3",
+        "--disable-auto-complete-config",
         "--exit-timeout-secs=10", "--backend-config=python,shm-region-prefix-name=p_rank0_",
     ]  # fmt: skip
 
 
 def test_ranks_of_one_node_start_by_mpirun_and_only_the_first_answers() -> None:
-    words = triton.argv(Path("/r"), 1, 2, "p_", world=4)
+    words = triton.argv(Path("/r"), PORTS, "p_", world=4)
     text = " ".join(words)
     assert words[:3] == ["mpirun", "--allow-run-as-root", "--oversubscribe"]
     ranks = [part.split() for part in text.partition("--oversubscribe ")[2].split(" : ")]
@@ -37,7 +40,7 @@ def test_ranks_of_one_node_start_by_mpirun_and_only_the_first_answers() -> None:
 
 
 def test_ranks_of_several_nodes_start_by_slurm() -> None:
-    words = triton.for_srun(Path("/a b"), 1, 2, "p_", world=16, nodes=2)
+    words = triton.for_srun(Path("/a b"), PORTS, "p_", world=16, nodes=2)
     assert words[:4] == ["--mpi=pmix", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
     # the shell's own reading of it, with a program that prints its words instead of the server
     for rank in (0, 3):

@@ -84,6 +84,12 @@ def serve_cpu_sif(cluster: Cluster, hpc_install: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def engine_lab_sif(cluster: Cluster, hpc_install: Path) -> Path:
+    """The image with JupyterLab in the serving environment."""
+    return cluster.images("engine-lab", hpc_install)
+
+
+@pytest.fixture(scope="session")
 def hpc_install(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A venv that alice and bob can run, with hpc in it, installed from a wheel of this checkout."""
     # HPC_TEST_VENV: several checkouts are tested at once; each worker has a venv, since tests add stages to it

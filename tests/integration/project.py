@@ -1,4 +1,4 @@
-"""A project folder of alice's on the cluster, and `hpc` run in it as she would."""
+"""A user's project folder on the cluster, and `hpc` run in it as she would."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ class Project:
     cluster: Cluster
     folder: Path
     venv: Path
+    user: str = "alice"
 
     def write(self, name: str, text: str) -> Path:
-        """A file of alice's in the project."""
+        """A file of the user's in the project."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         for owned in (path, path.parent):
-            shutil.chown(owned, "alice", "alice")
+            shutil.chown(owned, self.user, self.user)
         return path
 
     def hpc(
-        self, *arguments: str, user: str = "alice", check: bool = True, env: dict[str, str] | None = None,
+        self, *arguments: str, user: str = "", check: bool = True, env: dict[str, str] | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """`hpc ARGUMENTS` on the login node, in the project's folder."""
-        return self.cluster.run(
-            user, str(self.venv / "bin" / "hpc"), *arguments, cwd=self.folder, check=check, env=env, timeout=timeout
-        )
+        argv = (str(self.venv / "bin" / "hpc"), *arguments)
+        return self.cluster.run(user or self.user, *argv, cwd=self.folder, check=check, env=env, timeout=timeout)
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         hpc = str(self.venv / "bin" / "hpc")
-        return self.cluster.popen("alice", hpc, *arguments, cwd=self.folder, stdout=pipe, stderr=pipe)
+        return self.cluster.popen(self.user, hpc, *arguments, cwd=self.folder, stdout=pipe, stderr=pipe)
 
     def json(self, *arguments: str, check: bool = True) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.hpc(*arguments, "--json", check=check).stdout)
@@ -79,6 +79,6 @@ class Project:
 
 def jobs(project: Project, form: str = "%k") -> list[str]:
     """The project's jobs that wait or run, by their comments."""
-    found = project.cluster.run("alice", "squeue", "-h", "-u", "alice", "-t", "PD,R", "-o", f"%Z|{form}").stdout
-    lines = (line.partition("|") for line in found.splitlines())
+    argv = ("squeue", "-h", "-u", project.user, "-t", "PD,R", "-o", f"%Z|{form}")
+    lines = (line.partition("|") for line in project.cluster.run(project.user, *argv).stdout.splitlines())
     return [rest for folder, _, rest in lines if Path(folder).is_relative_to(project.folder)]

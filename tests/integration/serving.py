@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ model.eval().save_pretrained("hf")
 """
 TEXT = "안녕하세요 🙂 반갑습니다! <think>음…</think> naïve 끝"
 QUESTION = "인사"
+PROMPT = f"<s><|user|>{QUESTION}<|assistant|>"
+GRPCING = (Path(__file__).parents[1] / "support" / "grpcing.py").read_text()
 
 
 def make_model(cluster: Cluster, image: Path, folder: Path) -> Path:
@@ -74,7 +77,11 @@ class Served:
     project: Project
     run: str
     node: str
-    port: int
+    ports: Mapping[str, int]
+
+    @property
+    def port(self) -> int:
+        return self.ports["http"]
 
     @property
     def folder(self) -> Path:
@@ -104,6 +111,30 @@ class Served:
         )  # fmt: skip
         body, _, code = done.stdout.rpartition("\n")
         return int(code or 0), body
+
+    def grpc(
+        self, what: str, image: Path, *, user: str = "alice", node: str = "login", token: str | None = None,
+        host: str = "",
+    ) -> subprocess.Popen[str]:  # fmt: skip
+        """One of tests/support/grpcing.py, which runs in the image with Triton's own client."""
+        inside = ("apptainer", "-s", "exec", str(image), "timeout", "90", "python3", "-c", GRPCING)
+        pipe = subprocess.PIPE
+        process = self.project.cluster.popen(
+            user, *inside, f"{host or self.node}:{self.ports['grpc']}", what, PROMPT, node=node,
+            stdin=pipe, stdout=pipe, stderr=pipe,
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write((self.token if token is None else token) + "\n")
+        process.stdin.flush()
+        return process
+
+
+def said(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The document that a program ends with."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    document: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return document
 
 
 def events(body: str) -> list[dict[str, Any]]:

@@ -33,10 +33,13 @@ def installed(image: Path) -> dict[str, str]:
     return {name: version.partition("+")[0] for name, version in versions.items() if name != "python"}
 
 
-def test_all_that_is_in_an_image_is_pinned(lab_sif: Path, train_sif: Path, serve_cpu_sif: Path) -> None:
+def test_all_that_is_in_an_image_is_pinned(
+    lab_sif: Path, train_sif: Path, serve_cpu_sif: Path, engine_lab_sif: Path
+) -> None:
     assert installed(train_sif) == pinned("train")
     assert installed(lab_sif) == pinned("train", "lab")
     assert installed(serve_cpu_sif) == pinned("serve-cpu")
+    assert installed(engine_lab_sif) == pinned("serve-cpu", "engine-lab")
 
 
 def test_an_image_says_what_it_is(cluster: Cluster, serve_cpu_sif: Path, lab_sif: Path) -> None:

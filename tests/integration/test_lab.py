@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ SMALLEST = {
     "sizes": "PREPARE.update(max_samples=540, eval_rows=4)\n"
     "FINETUNE.update(max_steps=4, batch_size=1, max_length=64, lora_r=4, save_steps=2)",
 }
-"""Tag of a cell -> what is run after it, so that the whole takes a minute."""
+"""So that the whole takes a minute."""
 SETTINGS = """\
 site = "slurm-test"
 [jupyter]
@@ -58,25 +59,27 @@ def ready(lab: Project) -> str:
     return run
 
 
-def smallest(path: Path) -> None:
-    """Put the smallest settings into a copy of the notebook, as a person would type them."""
+def typed_into(path: Path, own: Mapping[str, str]) -> None:
+    """Put cells of one's own into a copy of the notebook: tag of a cell -> what is run after it."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     made: list[dict[str, Any]] = []
     for cell in notebook["cells"]:
         made.append(cell)
         for tag in cell["metadata"].get("tags", ()):
             new = {"cell_type": "code", "id": f"own-{tag}", "metadata": {}, "outputs": [], "execution_count": None}
-            made.append({**new, "source": SMALLEST[tag]})
+            made.append({**new, "source": own[tag]})
     path.write_text(json.dumps({**notebook, "cells": made}))
 
 
-def execute(lab: Project, run: str, name: str) -> tuple[dict[str, str], list[dict[str, Any]], float]:
+def execute(
+    lab: Project, run: str, name: str, stage: str = "jupyter"
+) -> tuple[dict[str, str], list[dict[str, Any]], float]:
     """Run the notebook in the lab's container; cell -> what it printed, all outputs, seconds."""
     workspace = lab.folder / "workspace"
     env = [f"HOME={workspace}", f"HPC_CACHE={lab.folder}/runs/.cache", "IPYTHONDIR=/tmp/ipython-lab"]
     begin = time.monotonic()
     done = lab.hpc(
-        "shell", f"{run}/jupyter", "--", "env", *env, "jupyter", "execute", "--inplace", str(workspace / name),
+        "shell", f"{run}/{stage}", "--", "env", *env, "jupyter", "execute", "--inplace", str(workspace / name),
         timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -92,7 +95,7 @@ def test_notebook_runs_from_data_to_answers_and_the_same_can_be_planned(lab: Pro
     assert (workspace / NAME).read_bytes() == (TEMPLATES / "labs" / NAME).read_bytes()
     copy = workspace / "mine.ipynb"
     lab.cluster.run("alice", "cp", str(workspace / NAME), str(copy))
-    smallest(copy)
+    typed_into(copy, SMALLEST)
     said, outputs, _ = execute(lab, run, "mine.ipynb")
 
     assert "language sv" in said["prepare"]

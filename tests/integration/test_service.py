@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 
 from tests.support import serving
 
-from .project import Project
+from .project import Project, jobs
 from .test_states import ended, submit
 
 
@@ -122,20 +125,47 @@ def test_time_limit_is_announced_and_ends_it(door: Project) -> None:
     assert not (one.folder / "token").exists()
 
 
-def test_two_users_who_start_at_once_on_one_node_get_ports_of_their_own(
-    door: Project, base_sif: Path, cluster: Any
-) -> None:
-    site = door.folder / "sites" / "slurm-test.toml"
-    site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx01"\n')
-    doors = [start(door, "--set", "door.port=9500", "--set", f"door.ready_s={50 + n}") for n in range(3)]
+@pytest.fixture
+def of_bob(door: Project) -> Iterator[Project]:
+    """The same project, in bob's hands."""
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/bob"))
+    shutil.chown(folder, "bob", "bob")
+    his = Project(door.cluster, folder, door.venv, "bob")
+    for name in ("hpc.toml", "sites/slurm-test.toml"):
+        his.write(name, (door.folder / name).read_text())
+    yield his
+    if left := jobs(his, "%i"):
+        door.cluster.run("bob", "scancel", *left)
+        his.until(ended(serving.NAME))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_users_who_start_at_once_on_one_node_get_ports_of_their_own(door: Project, of_bob: Project) -> None:
+    """Both wish for the same port, and both begin to listen at the same moment: the later one must choose again."""
+    words = ("submit", serving.NAME, "--set", "door.port=9500", "--set", "door.gate=true")
+    both = (door, of_bob)
+    for project in both:
+        site = project.folder / "sites" / "slurm-test.toml"
+        site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx01"\n')
+    asking = [project.popen(*words, "--json") for project in both]
+    runs = [json.loads(one.communicate(timeout=60)[0])["run"] for one in asking]
+    doors = [Door(project, run) for project, run in zip(both, runs, strict=True)]
+    for one in doors:  # each has chosen its port
+        one.project.until(lambda f: f["door"]["phase"] == "starting" and "no answer" in f["door"]["message"], one.run)
+    for one in doors:
+        (one.folder / "go").touch()
     found = [one.ready() for one in doors]
     assert {f["host"] for f in found} == {"dgx01"}
     ports = [f["ports"]["http"] for f in found]
-    assert len(set(ports)) == 3
-    for one, port in zip(doors, ports, strict=True):
-        assert http(door, f"http://dgx01:{port}/health", one.token) == "200"
-        others = {other.token for other in doors if other is not one}
-        assert {http(door, f"http://dgx01:{port}/health", token) for token in others} == {"403"}
+    assert len(set(ports)) == 2
+    assert 9500 in ports, "else they did not want the same"
+    events = "".join((one.folder / "attempt-1" / "events.jsonl").read_text() for one in doors)
+    assert "port 9500 was taken by another; choosing again" in events, "else they did not meet"
+    for one, other, port in zip(doors, reversed(doors), ports, strict=True):
+        url = f"http://dgx01:{port}/health"
+        assert http(one.project, url, one.token, user=one.project.user) == "200"
+        assert http(one.project, url, other.token, user=other.project.user) == "403"
+        assert one.row()["endpoint"] == f"dgx01:{port}"
 
 
 def test_another_user_of_the_node_gets_neither_in_nor_at_the_token(door: Project) -> None:
@@ -170,9 +200,13 @@ def test_requeued_service_is_announced_where_it_is_now(door: Project) -> None:
     while (one.folder / "endpoint.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    assert door.cluster.run("bob", "cat", str(one.folder / "token"), check=False).returncode != 0
     door.cluster.run("alice", "scontrol", "update", f"jobid={job}", f"ExcNodeList={first['host']}", "StartTime=now")
     second = one.ready(180)
     assert second["host"] != first["host"]
-    assert one.token != token
+    assert one.token == token, "the same job: whoever was let in is let in again"
     assert http(door, f"http://{second['host']}:{second['ports']['http']}/health", one.token) == "200"
     assert os.path.exists(one.folder / "attempt-1" / "outcome-0.json")
+    door.hpc("cancel", one.run)
+    one.end()
+    assert not (one.folder / "token").exists(), "it dies with the job"

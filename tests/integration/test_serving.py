@@ -19,7 +19,7 @@ import pytest
 from .cluster import Cluster
 from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
-from .serving import QUESTION, TEXT, Served, events, make_model
+from .serving import QUESTION, TEXT, Served, events, make_model, said
 from .test_states import ended
 
 OPENAI = "openai==3.57.0"
@@ -85,7 +85,7 @@ def start(project: Project, *options: str) -> Served:
     (run,) = {row["run"] for row in project.json("status")["stages"]}
     document = json.loads((project.folder / "runs" / run / "serve" / "endpoint.json").read_text())
     assert f"{run}/serve is ready" in done.stderr
-    return Served(project, run, document["host"], document["ports"]["http"])
+    return Served(project, run, document["host"], document["ports"])
 
 
 @pytest.fixture
@@ -206,7 +206,31 @@ def test_errors_have_openais_form(shared: Served, path: str, words: dict[str, An
     assert got == code, body
 
 
-def test_a_client_that_leaves_frees_its_place(serving: Project) -> None:
+def test_tritons_own_client_over_grpc(shared: Served, serve_cpu_sif: Path) -> None:
+    found = said(shared.grpc("whole", serve_cpu_sif))
+    assert (found["ready"], found["text"], found["ids"]) == (True, TEXT, ["mine"])
+    assert found["pieces"] > 30
+    assert (found["marked"], found["last"]) == (False, True)  # Triton's mark of the last, for those who asked for it
+    assert found["models"] == ["ensemble", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls"]
+    assert "the prompt has 2500 tokens" in found["refused"][0]
+    assert found["tokens"] == [1, 3]
+    assert found["failed"].startswith("StatusCode.UNIMPLEMENTED: ModelInfer RPC doesn't support models with decoupled")
+    assert found["unknown"].startswith("StatusCode.NOT_FOUND")
+    assert found["elsewhere"] == "UNIMPLEMENTED"
+    tunnel = shared.project.json("tunnel", shared.run)
+    assert tunnel["ports"] == shared.ports
+    assert [f"-L localhost:{18000 + place}:{shared.node}:{shared.ports[name]}" in tunnel["command"]
+            for place, name in enumerate(("http", "grpc", "metrics"))] == [True] * 3  # fmt: skip
+    wrong = [shared.grpc("refused", serve_cpu_sif, token=token) for token in ("", "x")]
+    wrong.append(shared.grpc("refused", serve_cpu_sif, user="bob", node=shared.node, host="127.0.0.1", token="x"))
+    for process in wrong:
+        words = {name: word for name, word in said(process).items() if name != "seconds"}
+        assert words.keys() == {"live", "config", "infer", "stream"}
+        assert all("StatusCode.UNAUTHENTICATED" in word and "hpc tunnel" in word for word in words.values()), words
+    assert json.loads(shared.ask("/health")[1])["running"] == 0
+
+
+def test_a_client_that_leaves_frees_its_place(serving: Project, serve_cpu_sif: Path) -> None:
     one = start(serving, "--set", "serve.engine_batch_size=1")
     began = time.monotonic()
     assert one.ask("/v2/models/ensemble/generate_stream", {**LONG, "max_tokens": 200, "min_tokens": 200})[0] == 200
@@ -218,13 +242,16 @@ def test_a_client_that_leaves_frees_its_place(serving: Project) -> None:
         )
         for model in ("ensemble", "tensorrt_llm_bls") for way in ("generate_stream", "generate") for _ in range(4)
     ]  # fmt: skip
+    streams = [one.grpc("leave", serve_cpu_sif) for _ in range(2)]
     for process in waiting:
         process.wait(30)
+    for process in streams:
+        assert said(process)["came"] > 5
     left = time.monotonic()
     while json.loads(one.ask("/health")[1])["running"]:
         assert time.monotonic() - left < 20
         time.sleep(0.2)
-    assert time.monotonic() - left < 0.5 * 16 * alone
+    assert time.monotonic() - left < 0.5 * (16 + 8) * alone
     assert one.ask("/v1/chat/completions", CHAT)[0] == 200
     one.project.hpc("cancel", one.run)
     assert end_of(one)["state"] == "CANCELLED"
@@ -239,14 +266,33 @@ def load(one: Served, requests: int, concurrency: int, tokens: int) -> Any:
     return one.project.cluster.popen("alice", "/usr/bin/python3", str(program), *words, stdout=pipe, stderr=pipe)
 
 
-def test_none_of_two_hundred_requests_is_lost(shared: Served) -> None:
-    out, err = load(shared, 200, 16, 32).communicate(timeout=180)
-    assert json.loads(out.splitlines()[-1])["ends"] == {"whole": 200}, out + err
-    assert "nv_inference_request_success" in shared.ask("/metrics")[1]
+def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
+    def figures() -> dict[str, Any]:
+        (row,) = shared.project.json("status", f"{shared.run}/serve")["stages"]
+        found: dict[str, Any] = row["figures"] or {"done": 0, "tokens": 0}
+        return found
+
+    time.sleep(6)  # what earlier requests did is written by then
+    before = figures()
+    out, err = load(shared, 1000, 32, 16).communicate(timeout=240)
+    assert json.loads(out.splitlines()[-1])["ends"] == {"whole": 1000}, out + err
+    deadline = time.monotonic() + 20
+    while (now := figures())["done"] != before["done"] + 1000:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.5)
+    assert (now["running"], now["tokens"] - before["tokens"]) == (0, 16_000)
+    assert f"{now['done']} done" in shared.project.hpc("status", shared.run).stdout
+    for url in (shared.url, f"http://{shared.node}:{shared.ports['metrics']}"):
+        code, text = shared.ask("/metrics", url=url)
+        assert (code, "nv_inference_request_success" in text) == (200, True)
+        assert shared.ask("/metrics", url=url, token="x")[0] == 401
 
 
-def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served) -> None:
+def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served, serve_cpu_sif: Path) -> None:
     memory = regions(served)
+    stream = served.grpc("stay", serve_cpu_sif)
+    assert stream.stdout is not None
+    assert stream.stdout.readline() == "begun\n"
     process = load(served, 100_000, 16, 100)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -255,6 +301,9 @@ def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served) -> Non
     out, _ = process.communicate(timeout=90)
     ends = json.loads(out.splitlines()[-1])["ends"]
     assert set(ends) <= {"whole", "refused"}, ends
+    found = said(stream)
+    assert (found["reason"], found["errors"]) == ("length", [])
+    assert "UNAVAILABLE" in found["then"] or "is ending" in found["then"]
     assert ends["whole"] > 16
     assert end_of(served)["state"] == "CANCELLED"
     nothing_left(served, memory)
@@ -269,14 +318,14 @@ def test_another_user_of_the_node_gets_nowhere(shared: Served) -> None:
             assert shared.ask(path, user="bob", token="", node=place, url=f"http://{address}")[0] == 401
             assert shared.ask(path, user="bob", token="x", node=place, url=f"http://{address}")[0] == 401
     log = (shared.folder / "attempt-1" / "stdout").read_text()
-    ports = re.findall(r"Started (?:HTTPService|Metrics Service) at 127\.0\.0\.1:(\d+)", log)
-    assert len(ports) == 2
+    ports = re.findall(r"Started (?:HTTPService|GRPCInferenceService|Metrics Service) at 127\.0\.0\.1:(\d+)", log)
+    assert len(ports) == 3
     server = server_of(shared)
     for port in ports:
         url = f"http://127.0.0.1:{port}"
         assert shared.ask("/v2/health/ready", user="bob", node=node, url=url)[0] == 0
         assert shared.ask("/v2/health/ready", node=node, url=url)[0] == 0
-    inside = ["nsenter", "-t", server, "-n", "curl", "-s", f"http://127.0.0.1:{ports[0]}/v2"]
+    inside = ["nsenter", "-t", server, "-n", "curl", "-s", f"http://127.0.0.1:{ports[1]}/v2"]
     assert '"triton"' in subprocess.run(inside, check=True, capture_output=True, text=True).stdout
     names = regions(shared)
     assert names

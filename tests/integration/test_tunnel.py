@@ -193,17 +193,23 @@ def test_cancelled_while_the_tunnel_waits(lab: Serving) -> None:
     assert f"{run.id}/echo has ended: CANCELLED" in err
 
 
-def test_requeued_job_gets_a_new_tunnel(lab: Serving) -> None:
+def test_requeued_job_gets_a_new_tunnel_and_keeps_its_token(lab: Serving) -> None:
     lab.submit()
     before = lab.tunnel()
     lab.cluster.run("alice", "scontrol", "requeue", before["job_id"])
     lab.until(lambda rows: rows["echo"]["phase"] != "ready")
     after = lab.tunnel()
     assert after["job_id"] == before["job_id"]
-    assert after["token"] != before["token"]
+    assert after["token"] == before["token"]
     with lab.open(after["command"]):
         assert lab.opens(after["url"]).startswith("200 ")
-        assert lab.ask(after["url"].replace(after["token"], before["token"])).startswith("403 ")
+    lab.hpc("cancel")
+    again = lab.json("submit", "echo")  # another job of the same run
+    assert again["run"] == after["run"]
+    third = lab.tunnel()
+    assert (third["job_id"] == after["job_id"], third["token"] == after["token"]) == (False, False)
+    with lab.open(third["command"]):
+        assert lab.opens(third["url"].replace(third["token"], after["token"])).startswith("403 ")
 
 
 def test_jump_leads_to_the_nodes_loopback(lab: Serving) -> None:

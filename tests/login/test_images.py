@@ -96,6 +96,17 @@ def test_a_recipe_stands_on_the_environment_that_it_is_from(project: Path) -> No
     assert recipe(project, "Bootstrap: localimage\nFrom: /images/x.sif\n").below is None
 
 
+def test_an_underscore_stands_for_the_hyphen_of_an_environments_name(project: Path) -> None:
+    """Apptainer's arguments have no hyphen."""
+    found = recipe(project, "Bootstrap: localimage\nFrom: {{ serve_cpu }}\n")
+    assert (found.base, found.below) == ("serve_cpu", "serve-cpu")
+    assert [r.name for r in recipes.chain(found, project)] == ["mine", "serve-cpu", "base"]
+    recipes.refuse_unknown(found, {})
+    assert found.inputs("a", {}) != found.inputs("b", {})
+    assert found.inputs("a", {"serve_cpu": "x.sif"}) == found.inputs("a", {}), "what counts is its content"
+    assert recipe(project, "Bootstrap: localimage\nFrom: {{ my_own }}\n").below == "my_own"
+
+
 def test_a_recipe_that_stands_on_itself_is_refused(project: Path) -> None:
     (project / "containers" / "train.def").write_text("Bootstrap: localimage\nFrom: {{ mine }}\n")
     found = recipe(project, "Bootstrap: localimage\nFrom: {{ train }}\n")

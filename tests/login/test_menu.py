@@ -1,4 +1,4 @@
-"""`hpc menu` on a terminal: start the lab, come back, look, reset, leave; by real commands on this machine."""
+"""`hpc menu` on a terminal: start the labs, come back, look, reset, leave; by real commands on this machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ __all__ = ["local", "packages"]
 
 @pytest.fixture
 def lab(local: Local, packages: Path) -> Local:
-    """A project where a small service stands in for JupyterLab."""
+    """A project where a small service stands in for JupyterLab, in both labs."""
     door = packages / "stages" / f"{serving.write(packages / 'stages')}.py"
-    text = (
-        door.read_text()
-        .replace('name="door"', 'name="jupyter"')
-        .replace("    delay:", '    open: str = ""\n    delay:')
-    )
-    (packages / "stages" / "jupyter.py").write_text(text)
+    text = door.read_text().replace("    delay:", '    open: str = ""\n    delay:')
+    for name in ("jupyter", "enginelab"):
+        (packages / "stages" / f"{name}.py").write_text(text.replace('name="door"', f'name="{name}"'))
     return local
 
 
@@ -39,7 +36,7 @@ def test_lab_is_started_once_and_reset(lab: Local) -> None:
     menu.type("1\n")
     menu.until("it runs already: jupyter-1/jupyter")
     menu.until("Choose: ", 60)
-    menu.type("t\n")
+    menu.type("a\n")
     menu.until("ssh -N -L localhost:")
     menu.until("Choose: ")
     menu.type("s\n")
@@ -55,6 +52,41 @@ def test_lab_is_started_once_and_reset(lab: Local) -> None:
     menu.type("x\n")
     assert menu.end() == 0
     assert lab.states() == {"jupyter": "CANCELLED"}
+
+
+def test_each_lab_is_reset_by_its_own_letter_and_the_other_goes_on(lab: Local) -> None:
+    (lab.folder / "workspace").mkdir()
+    (lab.folder / "workspace" / "mine.ipynb").write_text("years")
+    menu = on_terminal(lab, "menu", TERM="dumb", COLUMNS="200")
+    assert "2) Engine lab" in menu.until("Choose: ")
+    for choice, name in (("1", "jupyter-1/jupyter"), ("2", "enginelab-2/enginelab")):
+        menu.type(f"{choice}\n")
+        menu.until(f"{name} is ready on")
+        menu.until("Choose: ", 60)
+    menu.type("a\n")
+    menu.until("enginelab-2/enginelab is ready on")  # the latest one
+    menu.until("Choose: ", 60)
+    menu.type("T\n")
+    menu.until("enginelab-2/enginelab: job")
+    menu.until("[y/N] ")
+    menu.type("y\n")
+    menu.until("enginelab-2/enginelab: reset")
+    menu.until("Choose: ")
+    assert [s["state"] for s in lab.json("status")["stages"]] == ["CANCELLED", "RUNNING"]
+    menu.type("a\n")
+    menu.until("jupyter-1/jupyter is ready on")  # the one that runs
+    menu.until("Choose: ", 60)
+    menu.type("t\n")
+    assert "nothing to reset" in menu.until("Choose: ")
+    menu.type("r\n")
+    menu.until("[y/N] ")
+    menu.type("y\n")
+    menu.until("jupyter-1/jupyter: reset")
+    menu.until("Choose: ")
+    menu.type("x\n")
+    assert menu.end() == 0
+    assert [s["state"] for s in lab.json("status")["stages"]] == ["CANCELLED", "CANCELLED"]
+    assert (lab.folder / "workspace" / "mine.ipynb").read_text() == "years"
 
 
 def test_lab_that_was_started_otherwise_is_found(lab: Local) -> None:
@@ -84,7 +116,15 @@ def test_ctrl_c_ends_the_waiting_and_then_the_menu(lab: Local) -> None:
     assert lab.states() == {"jupyter": "RUNNING"}
 
 
-@pytest.mark.parametrize(("typed", "said"), [("9\n", "there is no '9'"), ("r\n", "no run has a stage 'jupyter'")])
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("9\n", "there is no '9': type 1, 2, R, T, S, A or X"),
+        ("r\n", "no run has a stage 'jupyter'"),
+        ("t\n", "no run has a stage 'enginelab'"),
+        ("a\n", "no run has a stage 'jupyter'"),
+    ],
+)
 def test_wrong_words_are_answered_and_asked_again(lab: Local, typed: str, said: str) -> None:
     menu = on_terminal(lab, "menu", TERM="dumb")
     menu.until("Choose: ")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hpc.core import rundir
+from hpc.core import endpoint, rundir
+from hpc.core.endpoint import Endpoint
 from hpc.core.errors import RuntimeUnavailable
 from hpc.core.rundir import AttemptDir, RunDir, RunsDir, StageDir
 from hpc.login import view
@@ -405,3 +406,21 @@ def test_completed_without_its_manifest_says_why_it_does_not_count(world: World)
 def test_user_is_whom_slurm_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "somebody-else")
     assert Scheduler().user == pwd.getpwuid(os.getuid()).pw_name
+
+
+def test_a_service_says_how_much_it_does(world: World) -> None:
+    folder = world.job(world.run())
+    world.shows("RUNNING")
+    rundir.append_event(folder.attempt(1).events, "ready")
+    where = Endpoint(
+        host="dgx01", bound="0.0.0.0", ports={"http": 9250}, path="/", health="/health", job_id="7", pid=1, ready=NOW
+    )
+    endpoint.write(folder, where, "secret")
+    assert view.progress(world.one()) == "ready on dgx01:9250"
+    figures = {"schema": "hpc.figures/1", "t": NOW + 5, "running": 3, "tokens_s": 41.4, "done": 9, "failed": 0}
+    rundir.write_json(folder.figures, figures)
+    found = world.one()
+    assert view.progress(found) == "ready on dgx01:9250  3 running · 41 tok/s · 9 done"
+    assert found.figures == {name: value for name, value in figures.items() if name != "schema"}
+    rundir.write_json(folder.figures, {**figures, "t": NOW - 5})  # an earlier start's
+    assert (world.one().figures, view.progress(world.one())) == (None, "ready on dgx01:9250")

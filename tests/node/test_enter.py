@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hpc.core import imagelock, rundir
+from hpc.core import endpoint, imagelock, rundir
 from hpc.core.digest import sha256
 from hpc.core.rundir import AttemptDir, StageDir
 from hpc.node.enter import Job, alive, process_start
@@ -474,3 +474,50 @@ def test_image_that_is_what_was_planned_with_runs(node: Node, tmp_path: Path) ->
     planned = InPlace(path=str(image), sha256=sha256(image), stat=imagelock.look(image))
     assert node.run(node.job("print('it ran')", image=planned)) == 0
     assert "checking" not in node.phases
+
+
+# ---- the token of a service
+
+
+def serving(node: Node, last: int = signal.SIGTERM, code: int = 85) -> str:
+    """A payload that has announced itself, and leaves at that signal."""
+    words = f"""
+from pathlib import Path
+from hpc.core import endpoint
+from hpc.core.rundir import StageDir
+folder = StageDir(Path({str(node.stage.path)!r}))
+where = endpoint.Endpoint(
+    host="n", bound="", ports={{"http": 1}}, path="/", health="/", job_id="77", pid=1, ready=0)
+endpoint.write(folder, where, endpoint.token_of(folder))
+"""
+    return words + listener(last, code)
+
+
+def ends(node: Node, *numbers: int, **values: Any) -> str | None:
+    """One start that gets these signals; the token that is left, None where none is."""
+    process = node.start(node.job(serving(node), **values), PYTHONPATH=os.pathsep.join(sys.path))
+    until(lambda: endpoint.read(node.stage), "announced")
+    for number in numbers:
+        process.send_signal(number)
+    process.communicate(timeout=30)
+    assert endpoint.read(node.stage) is None
+    return node.stage.token.read_text() if node.stage.token.exists() else None
+
+
+def test_token_stays_for_the_same_job_and_no_other(node: Node) -> None:
+    first = ends(node, signal.SIGTERM)
+    assert first
+    assert ends(node, signal.SIGTERM) == first, "requeued: the same attempt starts again"
+    node.stage.attempt(2).path.mkdir()
+    assert ends(node, signal.SIGTERM, attempt=2) not in (None, first)
+
+
+def test_token_goes_where_the_end_is_known_to_be_the_last(node: Node) -> None:
+    assert ends(node, signal.SIGTERM, limit_s=1) is None, "the time limit"
+    rundir.write_json(node.attempt.stop, {})
+    assert ends(node, signal.SIGTERM) is None, "hpc cancel"
+
+
+def test_token_goes_where_no_scheduler_could_start_it_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "5")
+    assert ends(node, signal.SIGTERM) is None

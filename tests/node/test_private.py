@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.core import endpoint
 from hpc.core.endpoint import FIRST_PORT, HANDED, LAST_PORT
 from hpc.core.errors import HpcError
 from hpc.node import launch, private
@@ -23,7 +24,7 @@ assert alone.is_alone() and os.getuid() == {os.getuid()}, "not alone"
 own = socket.create_server(("127.0.0.1", 0))  # its own loopback is up
 socket.create_connection(own.getsockname())
 assert os.listdir("/dev/shm") == []
-handed = socket.socket(fileno=int(os.environ["{HANDED}"]))
+handed = socket.socket(fileno=int(os.environ["{HANDED}"].split("=")[1]))
 print(own.getsockname()[1], flush=True)
 client, _ = handed.accept()
 client.sendall(b"in")
@@ -31,21 +32,24 @@ client.sendall(b"in")
 
 
 def test_a_socket_is_opened_where_it_is_asked_for() -> None:
-    with private.socket_for("127.0.0.1") as sockets:
-        (number,) = sockets
-        with socket.socket(fileno=os.dup(number)) as seen:
-            address, port = seen.getsockname()
-        assert (address, FIRST_PORT <= port <= LAST_PORT) == ("127.0.0.1", True)
-        socket.create_connection((address, port)).close()
-        assert private.handed(sockets) == {HANDED: str(number)}
+    with private.sockets_for("127.0.0.1", ("http", "grpc")) as sockets:
+        assert list(sockets) == ["http", "grpc"]
+        for number in sockets.values():
+            with socket.socket(fileno=os.dup(number)) as seen:
+                address, port = seen.getsockname()
+            assert (address, FIRST_PORT <= port <= LAST_PORT) == ("127.0.0.1", True)
+            socket.create_connection((address, port)).close()
+        told = endpoint.handing(sockets)
+        assert told == {HANDED: f"http={sockets['http']} grpc={sockets['grpc']}"}
+        assert endpoint.handed(told) == sockets
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address, port))
-    with private.socket_for("") as sockets:
-        assert (sockets, private.handed(sockets)) == ((), {})
+    with private.sockets_for("", ("http",)) as sockets:
+        assert (sockets, endpoint.handing(sockets)) == ({}, {})
 
 
 def test_an_address_that_is_not_here_is_told() -> None:
-    with pytest.raises(HpcError), private.socket_for("192.0.2.1"):
+    with pytest.raises(HpcError), private.sockets_for("192.0.2.1", ("http",)):
         pass
 
 
@@ -64,11 +68,11 @@ def test_the_container_has_nothing_of_the_nodes_network_and_memory() -> None:
 
 def test_a_stage_without_an_image_leaves_the_network_itself() -> None:
     """It still answers on the socket from outside, and on nothing else."""
-    with private.socket_for("127.0.0.1") as sockets:
-        env = {**os.environ, **private.handed(sockets), "PYTHONPATH": str(CHECKOUT)}
+    with private.sockets_for("127.0.0.1", ("http",)) as sockets:
+        env = {**os.environ, **endpoint.handing(sockets), "PYTHONPATH": str(CHECKOUT)}
         process = subprocess.Popen(
-            [sys.executable, "-c", ALONE], env=env, pass_fds=sockets, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-c", ALONE], env=env, pass_fds=tuple(sockets.values()), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -78,7 +82,7 @@ def test_a_stage_without_an_image_leaves_the_network_itself() -> None:
             pytest.skip("this machine lets nobody make namespaces")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", int(line)))
-        with socket.socket(fileno=os.dup(sockets[0])) as seen:
+        with socket.socket(fileno=os.dup(sockets["http"])) as seen:
             address = seen.getsockname()
         with socket.create_connection(address) as client:
             assert client.recv(2) == b"in"

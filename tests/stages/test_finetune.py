@@ -164,15 +164,15 @@ def test_measuring_the_loss_first_does_not_change_a_4_bit_training(
 
 @pytest.mark.train
 def test_the_answers_alone_are_learnt(tiny_model: Path) -> None:
-    from hpc.inside import models
+    from hpc.inside import conversations, models
 
     tokenizer = models.tokenizer(tiny_model)
     turns = [("user", "Q"), ("assistant", "One."), ("user", "R"), ("assistant", "Two.")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    row = finetune.encode(messages, tokenizer, finetune.FinetuneConfig())
+    row = conversations.encode(messages, tokenizer)
     learnt = [i for i, label in enumerate(row["labels"]) if label >= 0]
     assert tokenizer.decode([row["labels"][i] for i in learnt]) == "One.<|im_end|>\nTwo.<|im_end|>\n"
-    everything = finetune.encode(messages, tokenizer, finetune.FinetuneConfig(completion_only_loss=False))
+    everything = conversations.encode(messages, tokenizer, completion_only=False)
     assert everything["labels"] == everything["input_ids"] == row["input_ids"]
 
 

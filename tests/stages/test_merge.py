@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import HpcError, UsageError
+from hpc.inside import adapters
 from stages import merge
 
 RunStage = Callable[..., Any]
@@ -25,14 +26,14 @@ def test_what_it_asks_for_and_makes() -> None:
 
 def test_the_base_is_the_recorded_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is no adapter"):
-        merge.recorded_base(tmp_path)
+        adapters.base_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="does not say which base"):
-        merge.recorded_base(tmp_path)
+        adapters.base_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "theirs"}')
-    assert merge.recorded_base(tmp_path) == "theirs"
+    assert adapters.base_of(tmp_path) == "theirs"
     (tmp_path / "base.json").write_text('{"base_model": "ours"}')
-    assert merge.recorded_base(tmp_path) == "ours"
+    assert adapters.base_of(tmp_path) == "ours"
 
 
 def test_check_refuses_a_base_that_is_not_there() -> None:
@@ -40,23 +41,28 @@ def test_check_refuses_a_base_that_is_not_there() -> None:
         merge.check(merge.MergeConfig(base_model="./none"))
 
 
-@pytest.fixture(scope="session")
-def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_adapter(base: Path, folder: Path, seed: int = 1, **options: Any) -> Path:
     """An adapter with large random weights, as peft saves it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(seed)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config))
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(weight, std=0.2)
+        elif "modules_to_save" in name:
+            torch.nn.init.normal_(weight, std=0.1)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapter"))
 
 
 def logits(folder: Path, adapter: Path | None = None) -> Any:
@@ -169,3 +175,94 @@ def test_after_qlora_the_model_is_not_quantised(run_stage: RunStage, tiny_model:
     assert "quantization_config" not in json.loads((result.out("model") / "config.json").read_text())
     apart = logits(tiny_model, trained.out("adapter"))
     assert float((logits(result.out("model")) - apart).abs().max()) < 1e-4
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("options", "by"),
+    [
+        ({"use_rslora": True, "alpha_pattern": {"q_proj": 3}, "rank_pattern": {"layers.1.mlp.up_proj": 2}}, "hpc"),
+        ({"use_dora": True}, "peft"),
+        ({"modules_to_save": ["lm_head"]}, "peft"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "peft"),
+        ({"bias": "lora_only", "target_modules": ["q_proj"]}, "peft"),
+    ],
+    ids=["rslora", "dora", "modules_to_save", "embeddings", "bias"],
+)
+def test_every_kind_of_lora_is_merged_right(
+    run_stage: RunStage, tiny_model: Path, tmp_path: Path, options: dict[str, Any], by: str
+) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", **options)
+    result = run_stage("merge", {"adapter": adapter}, dtype="float32")
+    assert (result.code, result.metrics["merged_by"]) == (0, by)
+    together, apart = logits(result.out("model")), logits(tiny_model, adapter)
+    assert float((together - apart).abs().max()) < 1e-4
+    assert float((together - logits(tiny_model)).abs().max()) > 0.01
+
+
+@pytest.mark.train
+def test_a_base_in_shards_with_tied_embeddings(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = tmp_path / "base"
+    LlamaForCausalLM(LlamaConfig(vocab_size=258, **shape, tie_word_embeddings=True)).half().save_pretrained(
+        base, max_shard_size="100KB"
+    )
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = make_adapter(base, tmp_path / "adapter")
+    for dtype, allowed in (("float32", 1e-4), ("float16", 0.02), ("bfloat16", 0.1)):
+        result = run_stage("merge", {"adapter": adapter}, folder=dtype, dtype=dtype)
+        model = result.out("model")
+        assert (result.code, result.metrics["merged_by"]) == (0, "hpc")
+        assert {p.name for p in model.glob("*.safetensors")} == {p.name for p in base.glob("*.safetensors")}
+        assert float((logits(model) - logits(base, adapter)).abs().max()) < allowed
+        assert result.metrics["largest_difference"] < allowed
+    small = tmp_path / "small"  # its head is the embeddings: adding to one would change the other
+    result = run_stage(
+        "merge", {"adapter": make_adapter(base, small, target_modules=["embed_tokens"])}, folder="tied", dtype="float32"
+    )
+    assert (result.code, "tied" in result.error["hint"]) == (6, True)
+
+
+@pytest.mark.train
+def test_several_adapters_are_added_by_their_weights(
+    run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    other = make_adapter(tiny_model, tmp_path / "other", seed=2, r=2)
+    both = {"more_adapters": (str(other),), "weights": (0.5, 2.0), "dtype": "float32"}
+    model = run_stage("merge", {"adapter": adapter}, **both).out("model")
+    name = "model.layers.1.mlp.up_proj"
+    base, merged = (load_file(f / "model.safetensors")[f"{name}.weight"] for f in (tiny_model, model))
+    for folder, scale in ((adapter, 0.5 * 8 / 4), (other, 2.0 * 8 / 2)):
+        weights = load_file(folder / "adapter_model.safetensors")
+        a, b = (weights[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+        base += scale * (b @ a)
+    assert float((merged - base).abs().max()) < 1e-5
+    dora = make_adapter(tiny_model, tmp_path / "dora", use_dora=True)
+    result = run_stage("merge", {"adapter": adapter}, folder="refused", more_adapters=(str(dora),))
+    assert (result.code, "DoRA" in result.error["cause"]) == (3, True)
+
+
+def test_weights_must_fit_the_adapters() -> None:
+    with pytest.raises(UsageError, match=r"2 values for 1 adapters"):
+        merge.check(merge.MergeConfig(weights=(1.0, 2.0)))
+
+
+@pytest.mark.train
+def test_what_cannot_be_read(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    for name, spoil, message in (
+        ("pickle", lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "as a pickle"),
+        ("cut", lambda f: os.truncate(f / "adapter_model.safetensors", 5000), "cut off"),
+    ):
+        spoilt = shutil.copytree(adapter, tmp_path / name)
+        spoil(spoilt)
+        assert message in run_stage("merge", {"adapter": spoilt}, folder=name).error["cause"]
+    quantised = shutil.copytree(tiny_model, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    result = run_stage("merge", {"adapter": adapter, "base_model": quantised})
+    assert "stored quantised (gptq)" in result.error["cause"]

@@ -15,6 +15,8 @@ SERVER = """
 import http.server, os, socketserver, sys, time
 print("door opens", flush=True)
 time.sleep(float(os.environ["DELAY"]))
+while os.environ["GATE"] and not os.path.exists(os.environ["GATE"]):
+    time.sleep(0.01)
 if os.environ["FAIL"]:
     sys.exit(os.environ["FAIL"])
 
@@ -46,6 +48,8 @@ Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
 @dataclass(frozen=True, kw_only=True)
 class Config:
     delay: float = 0.0
+    gate: bool = False
+    """It listens as soon as the file `go` is in the stage's folder."""
     fail: str = ""
     port: int = 0
     ready_s: float = 60.0
@@ -58,7 +62,8 @@ def run(config: Config, ctx: Context) -> None:
 
     serve(ctx, Server(
         argv=lambda ports: [sys.executable, "-c", SERVER, ctx.bind, str(ports["http"])],
-        env=lambda token: {"TOKEN": token, "DELAY": str(config.delay), "FAIL": config.fail},
+        env=lambda token: {"TOKEN": token, "DELAY": str(config.delay), "FAIL": config.fail,
+                           "GATE": str(ctx.folder / "go") if config.gate else ""},
         health="/health", path="/page", wish=config.port, ready_s=config.ready_s,
     ))
 

@@ -14,6 +14,7 @@ _ENGINE_INPUTS = {
     "temperature": "temperature",
     "repetition_penalty": "repetition_penalty",
     "random_seed": "random_seed",
+    "lora_name": "lora_name",
     "stream": "streaming",
 }
 _PROMPT_INPUTS = {

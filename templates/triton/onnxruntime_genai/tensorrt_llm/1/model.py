@@ -1,4 +1,4 @@
-"""The engine onnxruntime-genai: requests join and leave between two tokens, each at its own length."""
+"""The engine: requests join and leave between two tokens, and every pass makes a token for each that runs."""
 
 import json
 import queue
@@ -6,12 +6,16 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import onnxruntime_genai as og
 import triton_python_backend_utils as pb_utils
+from choice import Choice
+from rows import Rows, threads
 from text import Streamer, first
 from tokenizers import Tokenizer
 
 _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_PIECE, _WHOLE = 64, 512
+"""Tokens of prompts that are read between two tokens of the answers that run; and where none runs."""
+_LOOK_S = 0.1
 
 
 class TritonPythonModel:
@@ -26,17 +30,25 @@ class TritonPythonModel:
         limit = int(parameters["max_seq_len"])
         self.limit = min(limit, settings["context_length"]) if limit else settings["context_length"]
         self.places = max(1, int(parameters["max_batch_size"]))
+        self.budget = int(parameters["max_tokens_in_cache"]) or self.places * self.limit
         self.exclude = parameters["exclude_input_in_output"] == "true"
         skip = parameters["skip_special_tokens"] == "true"
         tokenizer = Tokenizer.from_file(str(Path(parameters["tokenizer_dir"]) / "tokenizer.json"))
         self.decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=skip)
-        self.model = og.Model(str(folder))
+        self.rows = Rows(folder, self.places, self.limit, threads())
         self.decoupled = config["model_transaction_policy"]["decoupled"]
         self.waiting = queue.Queue()
+        self.head = None
+        """The first of those that wait: its prompt is known already."""
         self.known = {}
         """Requests that have an id and have not ended."""
-        self.loop = threading.Thread(target=self._work, daemon=True)
-        self.loop.start()
+        self.taken = set()
+        """All that have not ended."""
+        self.sending = queue.SimpleQueue()
+        self.ending = threading.Event()
+        self.work = [threading.Thread(target=task, daemon=True) for task in (self._work, self._send, self._watch)]
+        for thread in self.work:
+            thread.start()
 
     def execute(self, requests):
         if self.decoupled:
@@ -54,67 +66,167 @@ class TritonPythonModel:
         if _value(asked.request, "stop", False):
             other = self.known.get(asked.id)
             if other is not None:
-                other.stopped = True
+                other.over = True
             asked.send(pb_utils.InferenceResponse([]), _LAST)
             return
         if asked.id:
             self.known[asked.id] = asked
+        self.taken.add(asked)
         self.waiting.put(asked)
+        if self.ending.is_set():
+            self._refuse()
 
     def finalize(self):
+        """Whoever has no answer yet gets an error: one that is left waiting would hold the server's end up."""
+        self.ending.set()
         self.waiting.put(None)
-        self.loop.join(10)
+        for thread in self.work:
+            thread.join(10)
+
+    def _watch(self):
+        """Whether their clients still wait: to ask the server takes longer than to make a token."""
+        while not self.ending.wait(_LOOK_S):
+            for asked in list(self.taken):
+                asked.look()
+
+    def _send(self):
+        """What is ready, while the next token is made."""
+        while (entry := self.sending.get()) is not None:
+            asked, make, flags = entry
+            try:
+                asked.send(make(), flags)
+            except Exception as error:  # its client or the server has gone
+                print(f"an answer could not be sent: {error}", flush=True)
 
     def _work(self):
-        """One token for each running request, round after round."""
-        running = []
-        while True:
-            while len(running) < self.places and (not running or not self.waiting.empty()):
-                new = self.waiting.get()
-                if new is None:
-                    return
-                running += self._begun(new)
-            running = [job for job in running if self._step(job)]
-
-    def _begun(self, asked):
+        """A part of the prompts, then a token for each running request, round after round."""
+        running, prompt = [], None
         try:
-            return [_Job(self, asked)]
-        except Exception as error:
-            self._fail(asked, error)
-            return []
+            while not self.ending.is_set():
+                room = _PIECE if running else _WHOLE
+                while room > 0 and len(running) < self.places:
+                    prompt = prompt or self._next(running)
+                    if prompt is None:
+                        break
+                    room -= self._read(prompt, running, room)
+                    prompt = None if prompt.ended or prompt.tokens else prompt
+                if running:
+                    self._step(running)
+        finally:  # also where the loop itself fails: nobody must wait for ever
+            self.ending.set()
+            self._refuse()
+            self.sending.put(None)
 
-    def _step(self, job):
-        """True while there is more to come."""
+    def _refuse(self):
+        for asked in list(self.taken):
+            self._fail(asked, RuntimeError("the engine has ended"))
+
+    def _next(self, running):
+        """The next request whose tokens have room in the cache; None where it must wait. Waits where nothing runs."""
+        while self.head is None:
+            if running and self.waiting.empty():
+                return None
+            asked = self.waiting.get()
+            if asked is None:
+                return None
+            try:
+                self.head = _Job(self, asked)
+            except Exception as error:
+                self._fail(asked, error)
+        job = self.head
+        if not job.asked.over and job.most + sum(other.most for other in running) > self.budget:
+            return None
+        self.head = None
+        return job
+
+    def _read(self, job, running, room):
+        """A part of a prompt; with its last part the request is one of those that run. How many tokens it had."""
         try:
-            more = job.step()
+            used = job.read(len(running), room)
         except Exception as error:
             self._fail(job.asked, error)
-            return False
-        if not more:
-            self.known.pop(job.asked.id, None)
-        return more
+            job.ended, used = True, 0
+        if job.ended:
+            if job.row is not None:
+                self.rows.free(job.row)
+        elif job.tokens:
+            running.append(job)
+        return used
+
+    def _step(self, running):
+        """A token for each; those that have ended leave, and the last row moves to their place."""
+        for job in running:
+            if job.asked.over:
+                job.end("cancelled")
+        self._leave(running)
+        if not running:
+            return
+        try:
+            logits = self.rows.step([job.tokens[-1] for job in running], [job.length for job in running])
+            likeliest = logits.argmax(axis=-1).tolist()
+        except Exception as error:
+            for job in running:
+                self._fail(job.asked, error)
+                job.ended = True
+        for row, job in enumerate(running):
+            if not job.ended:
+                job.length += 1
+                try:
+                    job.take(logits[row], likeliest[row])
+                except Exception as error:
+                    self._fail(job.asked, error)
+                    job.ended = True
+        self._leave(running)
+
+    def _leave(self, running):
+        for row in range(len(running) - 1, -1, -1):
+            if not running[row].ended:
+                continue
+            last = running.pop()
+            if row < len(running):
+                self.rows.move(len(running), row, last.length)
+                running[row] = last
+            else:
+                self.rows.free(row)
+
+    def respond(self, asked, make, flags=0):
+        """Send what `make` returns, in its turn."""
+        if flags:
+            self.taken.discard(asked)
+            if self.known.get(asked.id) is asked:
+                del self.known[asked.id]
+        self.sending.put((asked, make, flags))
 
     def _fail(self, asked, error):
-        self.known.pop(asked.id, None)
-        asked.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))), _LAST)
+        words = str(error)
+        self.respond(asked, lambda: pb_utils.InferenceResponse(error=pb_utils.TritonError(words)), _LAST)
 
 
 class _Asked:
     """One request as it came."""
 
     def __init__(self, request, send, cancelled):
-        self.request, self.send = request, send
+        self.request = request
         self.id = request.request_id()
-        self.stopped = False
-        self._cancelled = cancelled
-
-    def over(self):
+        self.over = False
         """Nobody wants the answer any more."""
-        return self.stopped or self._cancelled()
+        self._send, self._cancelled = send, cancelled
+        self._open = threading.Lock()
+        self._done = False
+
+    def send(self, response, flags=0):
+        with self._open:
+            self._done = self._done or bool(flags)
+            self._send(response, flags)
+
+    def look(self):
+        """Whether its client has left. Once it is answered, the server knows it no more, and breaks if it is asked."""
+        with self._open:
+            self.over = self.over or (not self._done and self._cancelled())
 
 
 class _Job:
-    """One running request."""
+    """One request whose prompt is read, or which runs."""
 
     def __init__(self, engine, asked):
         self.engine, self.asked = engine, asked
@@ -129,43 +241,80 @@ class _Job:
             raise ValueError(f"the prompt has {len(self.prompt)} tokens; this engine takes {engine.limit - 1} at most")
         if wanted < 1:
             raise ValueError(f"max_tokens is {wanted}: it must be 1 or more")
+        if any(not 0 <= token < engine.vocabulary for token in self.prompt):
+            raise ValueError("the prompt has tokens that the model does not know")
         self.count = min(wanted, room)
+        self.most = len(self.prompt) + self.count
+        if self.most > engine.budget:
+            raise ValueError(
+                f"prompt and answer may have {self.most} tokens; the engine's cache has room for {engine.budget}"
+            )
+        self.adapter = _value(request, "lora_name", b"").decode()
+        if self.adapter and self.adapter not in engine.rows.adapters:
+            known = ", ".join(engine.rows.adapters) or "none"
+            raise ValueError(f"there is no adapter {self.adapter!r} in this engine: there are {known}")
         self.ends = engine.ends | {int(_value(request, "end_id", -1))}
         self.stops = [word.decode() for word in _all(request, "stop_words") if word]
         self.sequences = [] if self.stops else _word_list(_tensor(request, "stop_words_list"))
         self.bad = _word_list(_tensor(request, "bad_words_list"))
         self.least = int(_value(request, "min_tokens", 0))
-        self.generator = _generator(engine, request, len(self.prompt) + self.count)
-        self.generator.append_tokens(self.prompt)
+        seed = _value(request, "random_seed", None)
+        self.choice = Choice(
+            temperature=float(_value(request, "temperature", 1.0)),
+            top_k=int(_value(request, "runtime_top_k", 0)),
+            top_p=float(_value(request, "runtime_top_p", 0.0)),
+            seed=None if seed is None else int(seed),
+            penalty=float(_value(request, "repetition_penalty", 1.0)),
+        )
         self.streamer = Streamer(engine.decode, self.stops) if self.stream or self.stops else None
+        self.length = 0
+        """Tokens in the cache."""
+        self.row = None
         self.tokens, self.new = [], []
-        if self.stream and not engine.exclude:
-            self._respond(self.prompt, [], 0, -1, "")
+        self.ended = False
 
-    def step(self):
-        """One more token; True while there is more to come."""
-        if self.asked.over():
-            return self._end("cancelled")
-        self._forbid()
-        self.generator.generate_next_token()
-        token = int(self.generator.get_next_tokens()[0])
+    def read(self, row, room):
+        """Put a part of the prompt into a row, `room` tokens at most; how many. With the last comes the first token."""
+        if self.row is None:
+            self.row = row
+            self.engine.rows.choose(row, self.adapter)
+            if self.stream and not self.engine.exclude:
+                self._respond(self.prompt, [], 0, -1, "")
+        if self.asked.over:
+            self.end("cancelled")
+            return 0
+        part = self.prompt[self.length : self.length + room]
+        logits = self.engine.rows.fill(self.row, part, self.length)
+        self.length += len(part)
+        if self.length == len(self.prompt):
+            self.take(logits, int(logits.argmax()))
+            if not self.ended and self.row != row:  # others have ended meanwhile
+                self.engine.rows.move(self.row, row, self.length)
+        return len(part)
+
+    def take(self, logits, likeliest):
+        """One more token, by the logits, of which that one is the likeliest."""
+        forbidden = self._forbidden()
+        plain = self.choice.plain(forbidden)
+        token = likeliest if plain else self.choice.take(logits, [*self.prompt, *self.tokens], forbidden)
         if token in self.ends:
-            return self._end("stop")
+            return self.end("stop")
         self.tokens.append(token)
         self.new.append(token)
         full = len(self.tokens) >= self.count
         text = self.streamer.push([token], last=full) if self.streamer else ""
         if self.streamer and self.streamer.stopped:
-            return self._end("stop")
+            return self.end("stop")
         if any(self.tokens[-len(s) :] == s for s in self.sequences):
-            return self._end("stop")
+            return self.end("stop")
         if full:
-            return self._end("length")
+            return self.end("length")
         if self.stream and text:
             self._piece("")
-        return True
+        return None
 
-    def _end(self, reason):
+    def end(self, reason):
+        self.ended = True
         if not self.stream:
             text = self.engine.decode(self.tokens) if self.stops else ""
             place = first(text, self.stops)
@@ -178,7 +327,6 @@ class _Job:
             if reason in ("stop", "cancelled") and not self.streamer.stopped:
                 self.streamer.push([], last=True)
             self._piece(reason)
-        return False
 
     def _piece(self, reason):
         before = self.streamer.window[: len(self.streamer.window) - len(self.new)]
@@ -186,27 +334,25 @@ class _Job:
         self.new = []
 
     def _respond(self, tokens, before, begin, end, reason):
-        number = np.int32
-        tensors = [
-            pb_utils.Tensor("output_ids", np.array([[tokens]], number).reshape(1, 1, len(tokens))),
-            pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], number)),
-            pb_utils.Tensor("context_ids", np.array([before], number).reshape(1, len(before))),
-            pb_utils.Tensor("text_begin", np.array([[begin]], number)),
-            pb_utils.Tensor("text_end", np.array([[end]], number)),
-            pb_utils.Tensor("prompt_length", np.array([[len(self.prompt)]], number)),
-            pb_utils.Tensor("finish_reason", np.array([[reason.encode()]], dtype=object)),
-        ]
-        self.asked.send(pb_utils.InferenceResponse(tensors), _LAST if reason else 0)
+        def make():
+            number = np.int32
+            return pb_utils.InferenceResponse([
+                pb_utils.Tensor("output_ids", np.array([[tokens]], number).reshape(1, 1, len(tokens))),
+                pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], number)),
+                pb_utils.Tensor("context_ids", np.array([before], number).reshape(1, len(before))),
+                pb_utils.Tensor("text_begin", np.array([[begin]], number)),
+                pb_utils.Tensor("text_end", np.array([[end]], number)),
+                pb_utils.Tensor("prompt_length", np.array([[len(self.prompt)]], number)),
+                pb_utils.Tensor("finish_reason", np.array([[reason.encode()]], dtype=object)),
+            ])  # fmt: skip
 
-    def _forbid(self):
-        """Take the forbidden words' last tokens out of the choice, and the end where it is too early."""
+        self.engine.respond(self.asked, make, _LAST if reason else 0)
+
+    def _forbidden(self):
+        """The forbidden words' last tokens where the rest of them was said, and the end where it is too early."""
         out = {word[-1] for word in self.bad if self.tokens[len(self.tokens) - len(word) + 1 :] == word[:-1]}
         out |= self.ends if len(self.tokens) < self.least else set()
-        out = [token for token in out if 0 <= token < self.engine.vocabulary]
-        if out:
-            logits = self.generator.get_logits()
-            logits[..., out] = np.finfo(np.float32).min
-            self.generator.set_logits(logits)
+        return [token for token in out if 0 <= token < self.engine.vocabulary]
 
 
 class _Answer:
@@ -220,28 +366,6 @@ class _Answer:
 
     def get(self):
         return self._queue.get()
-
-
-def _generator(engine, request, length):
-    """The sampling that the request asks for; greedy where it asks for none."""
-    options = {"max_length": length}
-    temperature = float(_value(request, "temperature", 1.0))
-    top_k, top_p = int(_value(request, "runtime_top_k", 0)), float(_value(request, "runtime_top_p", 0.0))
-    if temperature < 0 or not 0 <= top_p <= 1 or top_k < 0:
-        raise ValueError("temperature and top_k must not be negative, and top_p is from 0 to 1")
-    sample = top_k > 1 or (top_k == 0 and top_p > 0)
-    options["do_sample"] = sample and temperature > 0
-    if options["do_sample"]:
-        options.update(temperature=temperature, top_k=top_k, top_p=top_p or 1.0)
-        seed = _value(request, "random_seed", None)
-        if seed is not None:
-            options["random_seed"] = int(seed) % (1 << 31)
-    else:
-        options["top_k"] = 1
-    options["repetition_penalty"] = float(_value(request, "repetition_penalty", 1.0))
-    parameters = og.GeneratorParams(engine.model)
-    parameters.set_search_options(**options)
-    return og.Generator(engine.model, parameters)
 
 
 def _word_list(tensor):

@@ -1,0 +1,127 @@
+"""A LoRA adapter as files: which weights it changes, by how much, and what only peft itself can merge."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.core.errors import HpcError, UsageError, VerificationFailed
+from hpc.core.rundir import read_json
+from hpc.inside import tensors
+from hpc.inside.tensors import Entry
+
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_PLAIN = {"none", None}
+_UNUSUAL = ("trainable_token_indices", "target_parameters", "megatron_config", "use_qalora", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """The change of one weight: scale · B · A."""
+
+    a: Entry
+    b: Entry
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One adapter's folder."""
+
+    folder: Path
+    factors: Mapping[str, Factor]
+    """Name of the base's weight -> its change."""
+    beyond: str
+    """What it has that only peft can merge; empty: nothing."""
+
+
+def base_of(folder: Path) -> str:
+    """The base that an adapter was trained on, by our base.json or else peft's own adapter_config.json."""
+    ours = read_json(folder / "base.json") or {}
+    base = ours.get("base_model") or _config(folder).get("base_model_name_or_path")
+    if not base:
+        raise UsageError(f"{folder} does not say which base it was trained on", hint="set merge.base_model")
+    return str(base)
+
+
+def read(folder: Path) -> Adapter:
+    """The adapter in a folder; HpcError where there is none that is safe to read."""
+    config = _config(folder)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        if next(folder.glob("*.bin"), None):
+            raise HpcError(f"{folder} holds its weights as a pickle", hint="save the adapter as safetensors")
+        raise HpcError(f"{folder} has no adapter_model.safetensors", hint="the copy may be incomplete")
+    entries = tensors.catalogue(file)
+    beyond = _beyond(config)
+    pairs: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            beyond = beyond or f"it has {name}"
+        else:
+            pairs.setdefault(match[1], {})[match[2]] = entry
+    factors = {
+        f"{module}.weight": Factor(a=pair["A"], b=pair["B"], scale=_scale(module, pair["A"].shape[0], config))
+        for module, pair in pairs.items()
+        if len(pair) == 2
+    }
+    return Adapter(folder=folder, factors=factors, beyond=beyond)
+
+
+def fit(adapter: Adapter, base: Mapping[str, Entry], *, tied: bool) -> str:
+    """Why peft must merge it into these weights, or ""; VerificationFailed where a shape is another."""
+    for name, factor in adapter.factors.items():
+        if name not in base:
+            return f"the base's files have no {name}"
+        shape = (factor.b.shape[0], factor.a.shape[1])
+        if base[name].shape != shape:
+            raise VerificationFailed(
+                f"the adapter does not fit the base: {name} is {base[name].shape} there, and {shape} in the adapter",
+                hint="merge.base_model must be the model that it was trained on",
+            )
+        if tied and not re.search(r"\.layers?\.|\.h\.|\.blocks\.", name):
+            return f"it changes {name}, and this base ties its embeddings"
+    return ""
+
+
+def change(factor: Factor) -> tuple[Any, Any]:
+    """A and B in float32; VerificationFailed where a value is not finite."""
+    import torch
+
+    a, b = (tensors.read(entry).to(torch.float32) for entry in (factor.a, factor.b))
+    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+        raise VerificationFailed("the adapter has values that are not finite", hint="did the training diverge?")
+    return a, b
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "adapter_config.json")
+    if config is None:
+        raise UsageError(f"{folder} is no adapter", hint="it must hold adapter_config.json")
+    return config
+
+
+def _beyond(config: Mapping[str, Any]) -> str:
+    """The kind of adapter, where its change is not just a product of two matrices."""
+    if config.get("peft_type", "LORA") != "LORA":
+        return f"it is of the kind {config['peft_type']}"
+    if config.get("use_dora"):
+        return "it is a DoRA adapter"
+    if config.get("modules_to_save"):
+        return f"it replaces {', '.join(config['modules_to_save'])} (modules_to_save)"
+    if config.get("bias") not in _PLAIN or config.get("lora_bias"):
+        return "it changes biases"
+    if config.get("fan_in_fan_out"):
+        return "its matrices are transposed (fan_in_fan_out)"
+    return next((f"it has {name}" for name in _UNUSUAL if config.get(name)), "")
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)), config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,92 @@
+"""Preference pairs: one prompt, an answer that was preferred and one that was not, in the forms that data comes in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from hpc.core.errors import UsageError
+
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
+    "system": "system",
+}
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference."""
+
+    where: str
+    """File and line."""
+    prompt: tuple[Message, ...]
+    """The conversation up to the answer; it ends with the user's turn."""
+    chosen: str
+    rejected: str
+    dropped: str = ""
+    """Why nothing can be learnt from it."""
+
+
+def pair(value: Any, where: str) -> Pair:
+    """
+    A record as a pair; UsageError, with its place, for what is none.
+
+    Known are: prompt, chosen and rejected, each a text or messages, where both answers may repeat the prompt (the form
+    of UltraFeedback and of TRL); conversations with chosen and rejected, as {from, value} (ShareGPT); and
+    instruction, input, chosen, rejected (Alpaca).
+    """
+    if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
+        raise UsageError(f"{where}: no preference in it", hint="each record has prompt, chosen and rejected")
+    asked = _asked(value, where)
+    answers = []
+    for name in ("chosen", "rejected"):
+        turns = _turns(value[name], "assistant", f"{where}: '{name}'")
+        *before, last = turns or [{"role": "assistant", "content": ""}]
+        if last["role"] != "assistant":
+            raise UsageError(f"{where}: '{name}' does not end with the assistant's turn", hint="mend the record")
+        if before and asked and before != asked:
+            raise UsageError(f"{where}: '{name}' answers another conversation than the prompt", hint="mend the record")
+        asked = asked or before
+        answers.append(last["content"])
+    chosen, rejected = answers
+    reason = ""
+    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"]:
+        reason = "no question"
+    elif not chosen or not rejected:
+        reason = "empty answer"
+    elif chosen == rejected:
+        reason = "equal answers"
+    return Pair(where, tuple(asked), chosen, rejected, reason)
+
+
+def _asked(value: dict[str, Any], where: str) -> list[Message]:
+    """What comes before the answers; empty where they repeat it themselves."""
+    for name in ("prompt", "conversations", "messages"):
+        if name in value:
+            asked = _turns(value[name], "user", f"{where}: '{name}'")
+            break
+    else:
+        parts = [value.get("instruction"), value.get("input")]
+        text = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
+        asked = [{"role": "user", "content": text}] if text else []
+    system = value.get("system")
+    if asked and isinstance(system, str) and system.strip() and asked[0]["role"] != "system":
+        asked = [{"role": "system", "content": system.strip()}, *asked]
+    return asked
+
+
+def _turns(value: Any, role: str, where: str) -> list[Message]:
+    """Messages of a text (of that role), of one message, or of a list of them."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value.strip()}] if value.strip() else []
+    found = []
+    for turn in value if isinstance(value, list) else [value]:
+        words = turn if isinstance(turn, dict) else {}
+        known, text = _ROLES.get(str(words.get("role", words.get("from")))), words.get("content", words.get("value"))
+        if known is None or not isinstance(text, str):
+            raise UsageError(f"{where}: {json.dumps(turn)[:40]} is no message", hint="expected {role, content}")
+        found.append({"role": known, "content": text.strip()})
+    return found

@@ -1,0 +1,113 @@
+"""TRL's SFTTrainer as the stage uses it: with either generation of the libraries, and checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc.core.errors import HpcError
+from hpc.inside import models, together
+from hpc.inside.conversations import Row
+
+_PART = ".part"
+"""The folder in which a checkpoint is written, beside the whole ones."""
+
+
+def arguments(wanted: Mapping[str, Any]) -> Any:
+    """SFTConfig with these values, by the names of the installed generation."""
+    from trl import SFTConfig
+
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    values = dict(wanted)
+    if "train_sampling_strategy" not in known:  # transformers 4
+        values["group_by_length"] = values.pop("train_sampling_strategy") == "group_by_length"
+        values["warmup_ratio"] = values.pop("warmup_steps")
+    return SFTConfig(**values)
+
+
+def spread(sharding: str, *, gradient_checkpointing: bool, gpu: bool) -> dict[str, Any]:
+    """The arguments that say how several ranks share the work."""
+    if sharding in ("zero2", "zero3"):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise HpcError(
+                f'sharding = "{sharding}" needs deepspeed, which is not in this image',
+                hint='set finetune.sharding = "fsdp", which needs nothing more',
+            )
+        return {"deepspeed": _zero(int(sharding[-1]))}
+    if together.world() == 1:
+        return {}
+    shared: dict[str, Any] = {"ddp_backend": "nccl" if gpu else "gloo"}
+    if sharding == "fsdp":
+        layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "version": 2, "reshard_after_forward": True}
+        config = {**layers, "activation_checkpointing": gradient_checkpointing, "state_dict_type": "FULL_STATE_DICT"}
+        return {**shared, "fsdp": "full_shard auto_wrap", "fsdp_config": config}
+    return {**shared, "ddp_find_unused_parameters": False}
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; "auto" is what the other arguments say."""
+    return {
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+
+
+def trainer(*, model: Any, arguments: Any, rows: Mapping[str, Sequence[Row]], keep: int, **options: Any) -> Any:
+    """SFTTrainer over the rows ("train", "eval"); of its checkpoints the last `keep` stay."""
+    import datasets
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def _get_output_dir(self, trial: Any) -> str:
+            return os.path.join(self.args.output_dir, _PART)
+
+        def _save_checkpoint(self, model: Any, trial: Any = None, **others: Any) -> None:
+            super()._save_checkpoint(model, trial, **others)
+            together.barrier()
+            if together.rank() == 0:
+                _publish(Path(self.args.output_dir), self.state.global_step, keep)
+            together.barrier()
+
+    datasets.disable_progress_bars()
+    if together.rank() == 0:  # what a kill has left half written
+        shutil.rmtree(Path(arguments.output_dir) / _PART, ignore_errors=True)
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(list(rows["train"])),
+        eval_dataset=datasets.Dataset.from_list(list(rows["eval"])) if rows["eval"] else None,
+        **options,
+    )
+    if made.args.world_size != together.world():
+        raise HpcError(
+            f"this training has {made.args.world_size} ranks, and {together.world()} were started",
+            hint="the image's accelerate does not see them: `hpc logs` has its warnings",
+        )
+    return made
+
+
+def _publish(folder: Path, step: int, keep: int) -> None:
+    """Let a written checkpoint appear, whole and on the disk, and take away the oldest."""
+    name = f"checkpoint-{step}"
+    part = folder / _PART / name
+    for place, _, files in os.walk(part, topdown=False):
+        for path in (*(os.path.join(place, file) for file in files), place):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.rename(part, folder / name)
+    for old in models.checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""The callback of a training: it tells progress, keeps the curves, passes on the wish to stop, ends a diverged one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hpc.core.errors import HpcError
+from hpc.core.stage import Context
+from hpc.inside import together
+from hpc.inside.curves import Curves
+
+_SHOWN = ("loss", "learning_rate", "grad_norm")
+
+
+class StopError(Exception):
+    """The scheduler asked to stop while the held-out loss was measured."""
+
+
+def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
+    """The callback; `curves` gives what is written to, once the training has begun."""
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seen: dict[str, float] = {}
+            self.curves: Curves | None = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if together.any_of(ctx.stopping()):  # every rank saves the same step
+                control.should_save = control.should_training_stop = True
+            elif not control.should_log:
+                ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
+            if control.should_save:
+                control.should_log = True  # a loss that is no number is seen before it is saved
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+            for name in ("loss", "train_loss", "eval_loss"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise HpcError(
+                        f"the loss became {logs[name]} at step {state.global_step}: the training has diverged",
+                        hint="lower finetune.learning_rate, and look for broken rows in the data",
+                    )
+            if "loss" in logs:
+                self.seen = {name: logs[name] for name in _SHOWN if name in logs}
+                ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
+            if together.rank() == 0 and not {"train_loss", "train_runtime"} & set(logs):
+                self.curves = self.curves or curves()
+                self.curves.write(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
+
+        def on_prediction_step(self, *_: Any, **__: Any) -> None:
+            if together.any_of(ctx.stopping()):
+                raise StopError
+
+    return Watcher()
