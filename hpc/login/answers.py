@@ -95,7 +95,8 @@ def _document(door: Doorway, response: http.client.HTTPResponse) -> Any:
         body = response.read()
     except (OSError, http.client.HTTPException):
         raise _cut(door) from None
-    return _checked(door, response.status, body.decode("utf-8", "replace"))
+    text = body.decode("utf-8", "replace").removeprefix("data:")  # Triton refuses a stream with an event, too
+    return _checked(door, response.status, text)
 
 
 def _checked(door: Doorway, status: int, text: str) -> Any:

@@ -31,6 +31,7 @@ saved.chat_template = (
 )
 saved.save_pretrained("hf")
 torch.manual_seed(0)
+torch.set_num_threads(1)  # it is small: two would wait for each other, the more the busier the machine is
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1,
