@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -72,6 +73,28 @@ def read(folder: StageDir) -> Endpoint | None:
     if document is None or document.get("schema") != _SCHEMA:
         return None
     return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
+
+
+def token_of(folder: StageDir) -> str:
+    """What an earlier start of this service has left, or the one that this takes over from; else a new one."""
+    try:
+        return folder.token.read_text(encoding="utf-8") or secrets.token_urlsafe(32)
+    except FileNotFoundError:
+        return secrets.token_urlsafe(32)
+
+
+def take_over(folder: StageDir, job_id: str) -> None:
+    """The successor that has this job's id is the service's job from now on, if it is not already."""
+    for attempt in folder.successors():
+        if (rundir.read_json(attempt.successor) or {}).get("job_id") == job_id:
+            attempt.successor.replace(folder.job)
+
+
+def promote(folder: StageDir, after: int) -> None:
+    """The job with this number has ended before its successor was ready: the next one is the service's job."""
+    later = [attempt for attempt in folder.successors() if attempt.number > after]
+    if later:
+        later[0].successor.replace(folder.job)
 
 
 def clear(folder: StageDir, job_id: str | None = None) -> None:

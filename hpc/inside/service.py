@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import random
-import secrets
 import signal
 import socket
 import subprocess
@@ -61,13 +60,14 @@ def serve(ctx: Context, server: Server) -> None:
     start, or dies.
     """
     folder = StageDir(ctx.folder)
-    token = secrets.token_urlsafe(32)
+    token = endpoints.token_of(folder)
     asked = _Asked(ctx)
     try:
         process, ports = _start(ctx, server, token, asked)
         with process:
             if not asked.end and process.poll() is None:
                 endpoints.write(folder, _endpoint(ctx, server, ports, process.pid), token)
+                endpoints.take_over(folder, _job())
                 ctx.event("ready", ports=dict(ports))
             while not asked.end and process.poll() is None:
                 time.sleep(_LOOK_S)
