@@ -9,7 +9,7 @@ from dataclasses import replace
 from hpc.core import rundir
 from hpc.core.errors import HpcError, NotFound, UsageError
 from hpc.core.plan import Plan
-from hpc.core.rundir import RunDir, StageDir
+from hpc.core.rundir import AttemptDir, RunDir, StageDir
 from hpc.core.site import Site
 from hpc.login.place import Ground, Placed, place
 from hpc.login.states import StageState
@@ -44,8 +44,9 @@ def withdraw(folder: StageDir) -> list[str]:
 
 
 def next_attempt(folder: StageDir, latest: int) -> int:
-    """The number after the latest job's and those of its successors."""
-    return max([latest, *(attempt.number for attempt in folder.successors())]) + 1
+    """The number after the latest job's and those of its successors, withdrawn ones too."""
+    withdrawn = (AttemptDir(path.parent).number for path in folder.path.glob("attempt-*/cancelled.json"))
+    return max([latest, *withdrawn, *(attempt.number for attempt in folder.successors())]) + 1
 
 
 def placed(
