@@ -133,28 +133,12 @@ def check(config: ServeConfig) -> None:
         raise UsageError("serve.vendor_repository is for tensorrt_llm alone")
 
 
-def run(config: ServeConfig, ctx: Context) -> None:
-    import json
-    import os
-    import sys
-    import tempfile
-    from dataclasses import asdict
-
+def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
+    """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.core.errors import HpcError
-    from hpc.inside import alone, matching, models, repository, serving, triton
-    from hpc.inside.openai import Served
-    from hpc.inside.service import Server, serve
+    from hpc.inside import repository
 
-    if config.private:
-        alone.become()
-    engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
-    if config.engine == "llmapi":
-        engine = models.local(str(engine), ctx.cache)
-    else:
-        matching.agree(matching.refuse(engine, ctx), config)
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
-    folder = ctx.folder / "repository"
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -181,6 +165,31 @@ def run(config: ServeConfig, ctx: Context) -> None:
     }
     vendor = Path(config.vendor_repository) if config.vendor_repository else None
     repository.render(folder, config.engine, TEMPLATES / "triton", filling, vendor)
+    return tokenizer
+
+
+def run(config: ServeConfig, ctx: Context) -> None:
+    import json
+    import os
+    import sys
+    import tempfile
+    from dataclasses import asdict
+
+    from hpc.core.assets import TEMPLATES
+    from hpc.core.errors import HpcError
+    from hpc.inside import alone, matching, models, serving, triton
+    from hpc.inside.openai import Served
+    from hpc.inside.service import Server, serve
+
+    if config.private:
+        alone.become()
+    engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
+    if config.engine == "llmapi":
+        engine = models.local(str(engine), ctx.cache)
+    else:
+        matching.agree(matching.refuse(engine, ctx), config)
+    folder = ctx.folder / "repository"
+    tokenizer = make_repository(config, engine, folder)
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",

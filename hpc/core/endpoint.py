@@ -55,6 +55,15 @@ def handed(environment: Mapping[str, str]) -> dict[str, int]:
     return {name: int(number) for name, number in pairs}
 
 
+def handing(sockets: Mapping[str, int]) -> dict[str, str]:
+    """The variable that tells a service of its open sockets, as `handed` reads it.
+
+    >>> handing({"http": 5, "grpc": 6}), handing({})
+    ({'HPC_LISTENING_SOCKETS': 'http=5 grpc=6'}, {})
+    """
+    return {HANDED: " ".join(f"{name}={number}" for name, number in sockets.items())} if sockets else {}
+
+
 def page(endpoint: Endpoint, token: str, port: int) -> str:
     """The address for the browser of a laptop where `port` leads to the service."""
     mark = "&" if "?" in endpoint.path else "?"
@@ -75,8 +84,21 @@ def read(folder: StageDir) -> Endpoint | None:
     return Endpoint(**{name: value for name, value in document.items() if name != "schema"})
 
 
+def clear(folder: StageDir, job_id: str | None = None, *, keep_token: bool = False) -> None:
+    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile.
+
+    A job that may be requeued keeps its token: whoever was let in is let in again.
+    """
+    found = read(folder)
+    if job_id is not None and found is not None and found.job_id != job_id:
+        return
+    folder.endpoint.unlink(missing_ok=True)
+    if not keep_token:
+        folder.token.unlink(missing_ok=True)
+
+
 def token_of(folder: StageDir) -> str:
-    """What an earlier start of this service has left, or the one that this takes over from; else a new one."""
+    """What an earlier start of the same job has left, else a new one."""
     try:
         return folder.token.read_text(encoding="utf-8") or secrets.token_urlsafe(32)
     except FileNotFoundError:
@@ -95,12 +117,3 @@ def promote(folder: StageDir, after: int) -> None:
     later = [attempt for attempt in folder.successors() if attempt.number > after]
     if later:
         later[0].successor.replace(folder.job)
-
-
-def clear(folder: StageDir, job_id: str | None = None) -> None:
-    """Nobody is led there any more. With a job's id: unless another job has announced itself meanwhile."""
-    found = read(folder)
-    if job_id is not None and found is not None and found.job_id != job_id:
-        return
-    for path in (folder.endpoint, folder.token):
-        path.unlink(missing_ok=True)

@@ -56,8 +56,8 @@ def serve(ctx: Context, server: Server) -> None:
     """Start it, announce it once it answers, and stay until it ends or is asked to.
 
     A program that ends by itself with exit code 0 was ended by its user, or was idle: that is no error. The scheduler's
-    warning before the time limit (USR2) is told, and the service goes on; SIGTERM ends it. HpcError where it does not
-    start, or dies.
+    warning before the time limit (USR2) is told, and the service goes on; SIGTERM ends it. A job of Slurm's may then be
+    started again, so its token is left to `hpc.node.enter`. HpcError where it does not start, or dies.
     """
     folder = StageDir(ctx.folder)
     token = endpoints.token_of(folder)
@@ -71,10 +71,10 @@ def serve(ctx: Context, server: Server) -> None:
                 ctx.event("ready", ports=dict(ports))
             while not asked.end and process.poll() is None:
                 time.sleep(_LOOK_S)
-            endpoints.clear(folder, _job())
+            endpoints.clear(folder, _job(), keep_token=asked.end and bool(_job()))
             code = _end(process, server.grace_s) if process.poll() is None else process.returncode
     finally:
-        endpoints.clear(folder, _job())
+        endpoints.clear(folder, _job(), keep_token=asked.end and bool(_job()))
     if code and not asked.end:
         raise HpcError(
             f"the service ended by itself: {_how(code)}", hint="its last lines are in the log: `hpc logs` shows them"

@@ -64,20 +64,22 @@ def enter(job: Job) -> None:
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     attempt = stage_dir.attempt(job.attempt)
     _keep_earlier_outcome(attempt)
-    if not job.takes_over:
-        endpoint.clear(stage_dir)
+    refused = succession.refused(stage_dir, job.attempt)
+    if not job.takes_over and refused is None:
+        endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
     try:
         rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
-        result = succession.refused(stage_dir, job.attempt) or _run(job, attempt, watch)
+        result = refused or _run(job, attempt, watch)
     except HpcError as error:
         result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""))
+    keep = _may_return(result) or bool(stage_dir.successors())
+    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
     if result.state in {"TIMEOUT", "PREEMPTED"}:
         endpoint.promote(stage_dir, job.attempt)
@@ -168,7 +170,7 @@ def _run_container(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outco
 
 
 def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: Mapping[str, int]) -> outcome.Outcome:
-    own = replace(job.launch, env={**job.launch.env, **private.handed(sockets)})
+    own = replace(job.launch, env={**job.launch.env, **endpoint.handing(sockets)})
     env = process_env(own, {**os.environ, **_hub_token()})
     rundir.write_json(attempt.launch, {"argv": list(job.launch.argv), "env": without_secrets(env)})
     before = memory.kills()
@@ -298,6 +300,12 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+
+
+def _may_return(result: outcome.Outcome) -> bool:
+    """Whether Slurm may start this very job again: preempted, requeued, or cancelled, but not by `hpc cancel`."""
+    ended = result.state in {"PREEMPTED", "CANCELLED"} and result.resumable
+    return ended and os.environ.get("SLURM_JOB_ID") == _job_id()
 
 
 def _disk_full(path: Path) -> bool:
