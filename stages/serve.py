@@ -75,6 +75,10 @@ class ServeConfig:
     """Seconds until it must have answered."""
     drain_s: int = 20
     """Seconds that running requests get when the service is ended. Slurm kills it KillWait (30 s) after it asked."""
+    successors: int = 0
+    """Jobs that take over one after another, each before the time limit of the one before it."""
+    handover_min: int = 15
+    """Minutes before the limit that the next job may start: it waits in the queue and starts within them."""
     extra: tuple[str, ...] = field(default=())
     """Further values for the repository's templates, as name=value."""
 
@@ -120,6 +124,8 @@ def check(config: ServeConfig) -> None:
     """UsageError for what could not work."""
     if config.max_batch_size < 1:
         raise UsageError("serve.max_batch_size must be 1 or more")
+    if config.successors < 0 or config.handover_min < 1:
+        raise UsageError("serve.successors must be 0 or more, serve.handover_min 1 or more")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
@@ -171,7 +177,6 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.core.rundir import StageDir
     from hpc.inside import alone, matching, models, serving, triton
     from hpc.inside.openai import Served
     from hpc.inside.service import Server, serve
@@ -193,7 +198,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
         told = serving.Settings(
-            repository=str(folder), figures=str(StageDir(ctx.folder).figures), own=own,
+            repository=str(folder), stage=str(ctx.folder), own=own,
             shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
             stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
@@ -236,6 +241,7 @@ STAGE = Stage(
     service=True,
     private=True,
     ports=("http", "grpc", "metrics"),
+    succession=lambda config: (config.successors, config.handover_min),
     launcher="workers",
     settings_of="build",
     settle=engines.settle,

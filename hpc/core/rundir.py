@@ -78,6 +78,15 @@ class AttemptDir:
         return self.path / "cancelled.json"
 
     @property
+    def successor(self) -> Path:
+        """The job.json of a service's next job, until it takes over from the one before."""
+        return self.path / "successor.json"
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name.rpartition("-")[2])
+
+    @property
     def scheduler(self) -> Path:
         """submitit's own folder: the batch script, its pickle and its logs."""
         return self.path / "scheduler"
@@ -128,6 +137,11 @@ class StageDir:
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.path / f"attempt-{number}")
+
+    def successors(self) -> list[AttemptDir]:
+        """A service's jobs that are to take over, the next one first."""
+        found = (AttemptDir(path.parent) for path in self.path.glob("attempt-*/successor.json"))
+        return sorted(found, key=lambda attempt: attempt.number)
 
     def done(self, key: str) -> bool:
         """True where a manifest with this key exists."""

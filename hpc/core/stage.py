@@ -135,6 +135,8 @@ class Stage:
     private: bool = False
     """A service with a network and a shared memory of its own, which no other user of the node can reach. Its ports are
     opened outside, and handed in."""
+    succession: Callable[[Any], tuple[int, int]] = field(default=lambda config: (0, 0))
+    """config -> how many jobs take over from a service one after another; minutes before its limit that each starts."""
     ports: tuple[str, ...] = ("http",)
     """Their names; the first one answers HTTP."""
     check: Callable[[Any], None] | None = None

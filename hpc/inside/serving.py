@@ -14,13 +14,15 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.core import endpoint as endpoints
 from hpc.core.endpoint import handed
 from hpc.core.errors import HpcError
+from hpc.core.rundir import StageDir
 from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
@@ -30,6 +32,10 @@ from hpc.inside.triton import Triton
 TOKEN = "HPC_DOOR_TOKEN"
 _LOOK_S = 0.2
 _QUIET_S = 0.3
+_LOOK_AGAIN_S = 1.0
+"""Between two looks at the announcement."""
+_MOVE_S = 10.0
+"""So long new requests are taken after another job has taken over: clients that are led by a tunnel move in less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,8 @@ class Settings:
     """All that the process is told, as JSON."""
 
     repository: str
-    figures: str
-    """The file that says how much it does."""
+    stage: str
+    """The stage's folder, for the announcement and the figures."""
     own: str
     """A folder for this start alone: pid file, the reason of a failure."""
     shm: str
@@ -101,11 +107,13 @@ async def _serve(settings: Settings) -> int:
                 await web.SockSite(runner, listening).start()
             server.watch()
             door.ready = True
-            told = asyncio.ensure_future(figures.keep(Path(settings.figures), door.figures, door.metrics_text))
+            folder = StageDir(Path(settings.stage))
+            told = asyncio.ensure_future(figures.keep(folder.figures, door.figures, door.metrics_text))
             try:
-                await _stay(server, asked)
+                await _stay(server, asked, lambda: _another(folder))
             finally:
                 told.cancel()
+            await _moved(door, asked, server)
             await _drained(door, settings.drain_s)
         return 0
     finally:
@@ -117,9 +125,14 @@ async def _serve(settings: Settings) -> int:
         await runner.cleanup()
 
 
-async def _stay(server: Triton, asked: asyncio.Event) -> None:
+async def _stay(server: Triton, asked: asyncio.Event, over: Callable[[], bool]) -> None:
+    looked = time.monotonic()
     while not asked.is_set():
         _look(server)
+        if time.monotonic() - looked > _LOOK_AGAIN_S:
+            looked = time.monotonic()
+            if over():
+                return
         try:
             await asyncio.wait_for(asked.wait(), _LOOK_S)
         except asyncio.TimeoutError:
@@ -139,6 +152,22 @@ def _failed(server: Triton, what: str) -> HpcError:
     said = f": {server.errors[-1]}" if server.errors else ""
     hint = server.hints[-1] if server.hints else "its last lines are in the log: `hpc logs` shows them"
     return HpcError(what + said[:400], hint=hint)
+
+
+def _another(folder: StageDir) -> bool:
+    """True where another job has announced itself in our place."""
+    own, found = os.environ.get("SLURM_JOB_ID", ""), endpoints.read(folder)
+    return found is not None and found.job_id != own
+
+
+async def _moved(door: Door, asked: asyncio.Event, server: Triton) -> None:
+    """Another job has taken over: be ill for those who look, so that they go there, and still take what comes."""
+    if asked.is_set():
+        return
+    print("another job has taken over: what is running here ends", flush=True)
+    door.moved = True
+    until = time.monotonic() + _MOVE_S
+    await _stay(server, asked, lambda: time.monotonic() > until)
 
 
 async def _drained(door: Door, within_s: float) -> None:

@@ -166,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     submit = made["submit"]
     submit.add_argument("-n", "--dry-run", action="store_true", help="show exactly what would be submitted")
     submit.add_argument("-w", "--wait", action="store_true", help="wait for the end, with progress")
+    submit.add_argument("--replace", action="store_true", help="a job that takes over from the running service")
     status = made["status"]
     status.add_argument("run", nargs="?", metavar="RUN", help="one run; without it the latest ones")
     status.add_argument("-a", "--all", action="store_true", help="every run, however old")

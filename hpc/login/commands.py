@@ -51,7 +51,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    from hpc.login import follow
+    from hpc.login import follow, succession
     from hpc.login.planning import make
     from hpc.login.submit import submit as submit_all
 
@@ -69,10 +69,12 @@ def submit(options: argparse.Namespace) -> int:
             _print_json("hpc.submit/1", run=None, folder=None, stages=[])
         return 0
     quiet = options.json or options.wait
-    if submission.todo or submission.is_new:
+    if submission.todo or submission.is_new or options.replace:
         submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
     code = 0
-    if options.wait:
+    if options.wait and options.replace:
+        succession.wait(submission.run, submission.successors[options.target][0], _chatter)
+    elif options.wait:
         code = follow.wait(submission.run, list(submission.plan.keys), sys.stderr)
     if options.json:
         rows = states([(submission.run, _asked(submission.run))], Scheduler())

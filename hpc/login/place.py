@@ -64,6 +64,8 @@ class Ground:
     scratch: str | None = None
     """The site's scratch folder with its variables filled in."""
     uid: int = 0
+    takes_over: bool = False
+    """The stages' next jobs, which start while the ones before them serve."""
     links: tuple[str, ...] = ()
     """Folders that the inputs lead to by symbolic links."""
 
@@ -100,6 +102,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         enforce=site.scheduler == "local",
         listen=_bind(site) if planned.stage.private else "",
         ports=planned.stage.ports if planned.stage.private else (),
+        takes_over=ground.takes_over,
         signal_delay_s=delay_s,
     )
     return Placed(

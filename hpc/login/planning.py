@@ -159,7 +159,8 @@ def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str],
         facts.save()
     for note in plan.notes:
         say(f"note: {note}")
-    work = submitting.prepare(plan, settings, options.target, scheduler)
+    asked = getattr(options, "replace", False)
+    work = submitting.prepare(plan, settings, options.target, scheduler, replace=asked)
     _refuse_missing(options.first, wanted, work)
     return Work(settings=settings, submission=work)
 

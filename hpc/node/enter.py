@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import memory, outcome, private
+from hpc.node import memory, outcome, private, succession
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -55,6 +55,8 @@ class Job:
     """The address of the sockets that are opened for the payload, which has an empty network."""
     ports: tuple[str, ...] = ()
     """Their names."""
+    takes_over: bool = False
+    """It is a service's next job, and starts while the one before it serves."""
 
 
 def enter(job: Job) -> None:
@@ -62,20 +64,25 @@ def enter(job: Job) -> None:
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     attempt = stage_dir.attempt(job.attempt)
     _keep_earlier_outcome(attempt)
-    endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
+    refused = succession.refused(stage_dir, job.attempt)
+    if not job.takes_over and refused is None:
+        endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
     try:
         rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
-        result = _run(job, attempt, watch)
+        result = refused or _run(job, attempt, watch)
     except HpcError as error:
         result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=_may_return(result))
+    keep = _may_return(result) or bool(stage_dir.successors())
+    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
+    if result.state in {"TIMEOUT", "PREEMPTED"}:
+        endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
     if result.state != "COMPLETED":

@@ -20,6 +20,7 @@ from .cluster import Cluster
 from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
 from .serving import QUESTION, TEXT, Served, events, make_model, said
+from .test_laptop import Laptop
 from .test_states import ended
 
 OPENAI = "openai==3.57.0"
@@ -259,11 +260,15 @@ def test_a_client_that_leaves_frees_its_place(serving: Project, serve_cpu_sif: P
     assert "Triton has ended with exit code 0" in log
 
 
-def load(one: Served, requests: int, concurrency: int, tokens: int) -> Any:
+def load(
+    one: Served, requests: int, concurrency: int, tokens: int, *, where: str = "", until: str = "", node: str = "login"
+) -> Any:
     program = one.project.write("load.py", (Path(__file__).parents[1] / "support" / "load.py").read_text())
-    words = (one.url, str(one.folder / "token"), str(requests), str(concurrency), str(tokens))
+    words = (where or one.url, str(one.folder / "token"), str(requests), str(concurrency), str(tokens), until)
     pipe = subprocess.PIPE
-    return one.project.cluster.popen("alice", "/usr/bin/python3", str(program), *words, stdout=pipe, stderr=pipe)
+    return one.project.cluster.popen(
+        "alice", "/usr/bin/python3", str(program), *words, node=node, stdout=pipe, stderr=pipe
+    )
 
 
 def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
@@ -309,6 +314,55 @@ def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served, serve_
     nothing_left(served, memory)
     log = (served.folder / "attempt-1" / "stdout").read_text()
     assert "Triton has ended with exit code 0" in log
+
+
+def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Served) -> None:
+    """32 at once, through a hand-over and a stop; from a laptop too, whose tunnel follows."""
+    project, token = served.project, served.token
+    laptop = on_a_laptop(project)
+    tunnel = laptop.tunnel(f"{served.run}/serve")
+    url = tunnel.url()
+    told = str(project.folder / "enough")
+    process = load(served, 1000, 32, 16, where=str(served.folder / "endpoint.json"), until=told)
+    far = load(served, 1, 2, 16, where=url.partition("?")[0], until=told + "-there", node="laptop")
+    assert process.stdout.readline() == far.stdout.readline() == "begun\n"
+    first = project.states(served.run)["serve"]["job_id"]
+    done = project.hpc("submit", "serve", "--replace", "--wait", timeout=120)
+    assert "attempt 2 has taken over" in done.stderr
+    (row,) = project.json("status", f"{served.run}/serve")["stages"]
+    assert (row["state"], row["attempt"], row["job_id"] != first) == ("RUNNING", 2, True)
+    assert served.token == token  # whoever was let in is let in still
+    tunnel.says("is ready again on")
+    assert "another address" not in "".join(tunnel.err)
+    old = served.folder / "attempt-1" / "outcome.json"
+    deadline = time.monotonic() + 60
+    while not old.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    assert json.loads(old.read_text())["state"] == "COMPLETED"
+    assert f"{served.run}/serve" in project.hpc("status").stdout
+    (project.folder / "enough-there").touch()
+    ends = said(far)
+    assert (set(ends["ends"]), ends["ends"]["whole"] > 20) == ({"whole"}, True), ends  # refused would be there too
+    tunnel.ends(signal.SIGINT)
+    # and now it stops, and starts again
+    project.hpc("cancel", served.run)
+    assert end_of(served)["state"] == "CANCELLED"
+    assert not (served.folder / "token").exists()
+    assert project.hpc("submit", "serve", "--wait", timeout=120).returncode == 0
+    (project.folder / "enough").touch()
+    ends = said(process)
+    assert set(ends["ends"]) == {"whole"}, ends
+    assert ends["ends"]["whole"] >= 1000
+    assert len(set(ends["retried"]) - {"times"}) == 3, ends  # it has answered at three places
+
+
+def on_a_laptop(project: Project) -> Laptop:
+    program = project.write("bin/hpc", f'#!/bin/sh\nexec {project.venv}/bin/hpc "$@"\n')
+    program.chmod(0o755)
+    (project.folder / "tmp").mkdir(exist_ok=True)
+    shutil.chown(project.folder / "tmp", "alice", "alice")
+    return Laptop(project.cluster, project.folder, project.venv)
 
 
 def test_another_user_of_the_node_gets_nowhere(shared: Served) -> None:
