@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from hpc.core import engines, passport, trtllm
@@ -54,6 +55,15 @@ class BuildConfig:
     """Highest rank of LoRA adapters that may come with a request; 0: none may."""
     lora_modules: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     """The layers that such adapters change, by TensorRT-LLM's names."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters that requests may name, as name=folder; they become a part of the engine. (onnxruntime_genai)"""
+
+
+def files(config: BuildConfig) -> tuple[str, ...]:
+    """The adapters' folders."""
+    from hpc.inside import loras
+
+    return tuple(loras.named(config.lora).values())
 
 
 def container(config: Any) -> str:
@@ -141,10 +151,18 @@ def check(config: BuildConfig) -> None:
             f"build.max_input_len {config.max_input_len} is more than max_seq_len {config.max_seq_len}",
             hint="max_seq_len counts prompt and answer together",
         )
-    if config.model is not None and config.engine == "onnxruntime_genai":
-        from hpc.inside import models
+    if config.lora and config.engine != "onnxruntime_genai":
+        raise UsageError(
+            f"build.lora is for onnxruntime_genai; here the engine is {config.engine}",
+            hint="merge one adapter into the model: hpc submit merge",
+        )
+    if config.engine == "onnxruntime_genai":
+        from hpc.inside import loras, models
 
-        models.inspect(config.model)
+        for name, folder in loras.named(config.lora).items():
+            loras.inspect(name, Path(folder))
+        if config.model is not None:
+            models.inspect(config.model)
 
 
 def run(config: BuildConfig, ctx: Context) -> None:
@@ -173,6 +191,7 @@ STAGE = Stage(
     resources=resources,
     run=run,
     check=check,
+    files=files,
     launcher="workers",
     settle=engines.settle,
     size=size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -379,16 +379,34 @@ def _with_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, st
         value = getattr(config, name)
         if isinstance(value, str) and value in files:
             changes[name] = files[value]
-        elif isinstance(value, tuple) and any(v in files for v in value):
-            changes[name] = tuple(files.get(v, v) for v in value)
+        elif isinstance(value, tuple) and any(_path(v, files) in files for v in value):
+            changes[name] = tuple(_named(v, files) for v in value)
     return dataclasses.replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
 
 
 def _without_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Any]:
     """The config as it counts in the key: a path counts by its content, not by where it lies."""
     gone = {*absolute.values(), *files.values()}
-    return {k: None if _is_path(v, gone) else v for k, v in configs.encode(config).items()}
+    return {k: _content(v, gone) for k, v in configs.encode(config).items()}
 
 
-def _is_path(value: Any, paths: set[str]) -> bool:
-    return value in paths if isinstance(value, str) else isinstance(value, list) and any(v in paths for v in value)
+def _content(value: Any, paths: set[str]) -> Any:
+    """The value without its paths; of NAME=PATH the name stays."""
+    if isinstance(value, list) and any(_path(v, paths) in paths for v in value):
+        names = [v.partition("=")[0] for v in value if v not in paths]
+        return names or None
+    return None if isinstance(value, str) and value in paths else value
+
+
+def _path(entry: Any, paths: Container[str]) -> Any:
+    """The path in an entry of a list: all of it, or what follows NAME=.
+
+    >>> _path("a=1.jsonl", {"a=1.jsonl"}), _path("stars=adapters/stars", {"adapters/stars"})
+    ('a=1.jsonl', 'adapters/stars')
+    """
+    return entry if entry in paths else str(entry).partition("=")[2]
+
+
+def _named(entry: str, files: Mapping[str, str]) -> str:
+    path = _path(entry, files)
+    return entry.removesuffix(path) + files[path] if path in files else entry

@@ -26,7 +26,7 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import models
+from hpc.inside import loras, models, onnxgraph
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -44,8 +44,11 @@ def onnx(config: Any, ctx: Context, part: Path) -> None:
     plain = _config(model)
     precision = "int4" if config.quantization == "int4" else "fp32"
     work = ctx.cache / "onnx" / f"{os.uname().nodename}-{os.getpid()}"
+    chosen = loras.named(config.lora)
+    # the output matrix is needed for the last token alone; an adapter changes q, k and v each for itself
+    options = ("prune_lm_head=true", *(("disable_qkv_fusion=true",) if chosen else ()))
     argv = (sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(part),
-            "-p", precision, "-e", "cpu", "-c", str(work))  # fmt: skip
+            "-p", precision, "-e", "cpu", "-c", str(work), "--extra_options", *options)  # fmt: skip
     ctx.progress(0, 1, "building")
     try:
         _run(argv, ctx, cwd=part.parent)
@@ -54,6 +57,9 @@ def onnx(config: Any, ctx: Context, part: Path) -> None:
     made = rundir.read_json(part / "genai_config.json")
     if made is None or not (part / "model.onnx").is_file():
         raise VerificationFailed(f"the builder ended well, but {part.name} has no model.onnx and genai_config.json")
+    onnxgraph.refuse(part / "model.onnx")
+    if chosen:
+        loras.add(part, chosen)
     _copy_tokenizer(model, part)
     positions = int(made.get("model", {}).get("context_length") or plain.get("max_position_embeddings") or 2048)
     longest = min(config.max_seq_len or positions, positions)
