@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
+Kind = Literal["records", "dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
 Launcher = Literal["python", "workers"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
 
