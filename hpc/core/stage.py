@@ -136,6 +136,8 @@ class Stage:
     it answers on is opened outside, and handed in."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
+    network: bool = False
+    """It fetches from the internet: it runs on the login node where the site's nodes have none."""
     launcher: Launcher = "python"
     settings_of: str | None = None
     """Another stage: the fields that both have are set there, for both."""

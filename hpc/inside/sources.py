@@ -23,7 +23,7 @@ _BATCH = 1024
 _LONGEST = 64 << 20
 """A single item of a JSON array is no longer than this."""
 _BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".ndjson")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".ndjson")
 _OF_DATASETS = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json"}
 _COLUMNAR = {".parquet": "Parquet", ".arrow": "Arrow"}
 
@@ -51,12 +51,12 @@ def files(path: Path) -> list[Path]:
         p
         for p in sorted(path.rglob("*"))
         if p.is_file()
-        and p.name.lower().endswith(_SUFFIXES)
+        and p.name.lower().endswith(SUFFIXES)
         and p.name not in _OF_DATASETS
         and not any(part.startswith(".") for part in p.relative_to(path).parts)
     ]
     if not found:
-        raise UsageError(f"{path} holds no file of records", hint=f"expected are {', '.join(_SUFFIXES)}")
+        raise UsageError(f"{path} holds no file of records", hint=f"expected are {', '.join(SUFFIXES)}")
     return found
 
 
