@@ -78,7 +78,9 @@ def _planned() -> Line:
             both(world=world, tp_size=8, pp_size=2)
             taken.append((time.perf_counter() - begin) * 1000)
     found = statistics.median(taken)
-    return Fact(what="planning a 70B for TP8 × PP2", found=f"{found:.1f} ms", goal=f"≤ {PLAN_MS} ms", met=found <= PLAN_MS)
+    return Fact(
+        what="planning a 70B for TP8 × PP2", found=f"{found:.1f} ms", goal=f"≤ {PLAN_MS} ms", met=found <= PLAN_MS
+    )
 
 
 def _alone(precision: str, port: int, bare: Callable[[str], Took], rounds: int) -> Iterator[Line]:

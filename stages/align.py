@@ -27,8 +27,8 @@ class AlignConfig:
     """Which preferences, and how strongly they count."""
 
     pairs: tuple[str, ...] = ()
-    """Files of JSON lines, or one JSON array: prompt, chosen, rejected, as texts or messages (UltraFeedback, ShareGPT,
-    Alpaca)."""
+    """Files in JSON Lines, JSON, Parquet or Arrow: prompt, chosen, rejected, as texts or messages (UltraFeedback,
+    ShareGPT, Alpaca)."""
     base_model: str | None = None
     """Model folder, GGUF file or name on the hub; None: from the stage before, or as finetune was given it."""
     adapter: str | None = None
@@ -106,7 +106,7 @@ def outputs(config: AlignConfig) -> dict[str, Artifact]:
 
 def check(config: AlignConfig) -> None:
     """UsageError for figures that can't be and for broken pairs, HpcError for a base that can't be loaded."""
-    from hpc.inside import models, preferences
+    from hpc.inside import models, preferences, sources
 
     if not config.pairs:
         raise UsageError(
@@ -126,9 +126,11 @@ def check(config: AlignConfig) -> None:
         raise UsageError("align.label_smoothing is from 0 to below 0.5")
     if config.base_model is not None:
         models.inspect(config.base_model)
-    for path in config.pairs:
-        if not any(not pair.dropped for pair in preferences.read(Path(path), limit=1 << 20)):
-            raise UsageError(f"{Path(path).name} holds no pair to learn from")
+    for path in map(Path, config.pairs):
+        if path.suffix in (".parquet", ".arrow"):  # the login node has nothing that reads them
+            sources.looks_whole(path)
+        elif not any(not pair.dropped for pair in preferences.read(path, limit=1 << 20)):
+            raise UsageError(f"{path.name} holds no pair to learn from")
 
 
 def run(config: AlignConfig, ctx: Context) -> None:

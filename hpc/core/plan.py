@@ -308,7 +308,7 @@ def _source(
         given = _given_before(name, kind, stage.name, order, wishes)
     if given is not None:
         path = facts.path(given)
-        if path is None and kind == "hf_model" and is_hub_name(given):
+        if path is None and kind == "hf_model" and (is_hub_name(given) or given.startswith(("http://", "https://"))):
             return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
         if kind == "endpoint":
             return Source(name=name, kind=kind, stage=None, value=path or given, key=_served(given, path, stage, facts))

@@ -57,6 +57,8 @@ class Site:
     reach: Literal["direct", "jump", "relay"] = "direct"
     """How a service on a node is reached from the login node: node:port answers there; by ssh to the node; or by bytes
     over `srun --overlap`. With the latter two a service listens on the node's loopback alone."""
+    network: Literal["nodes", "login"] = "nodes"
+    """Where the internet is reached: from the compute nodes, or from the login node alone. What needs it runs there."""
     python: str | None = None
     """The host's Python on the compute nodes; None: the one that runs `hpc`."""
     signal_delay_s: int = 90

@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report"]
+Kind = Literal[
+    "records", "dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report",
+]  # fmt: skip
 Launcher = Literal["python", "workers", "torchrun"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
 torchrun: a process for each GPU, on any number of nodes."""
@@ -141,6 +143,8 @@ class Stage:
     """Their names; the first one answers HTTP."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
+    network: bool = False
+    """It fetches from the internet: it runs on the login node where the site's nodes have none."""
     launcher: Launcher = "python"
     settings_of: str | None = None
     """Another stage: the fields that both have are set there, for both."""

@@ -36,7 +36,9 @@ def named(entries: tuple[str, ...]) -> dict[str, str]:
     for entry in entries:
         name, _, folder = entry.partition("=")
         if not folder or not re.fullmatch(r"[\w.-]+", name):
-            raise UsageError(f"build.lora: {entry!r} is not name=folder", hint='for example: lora = ["stars=adapters/stars"]')
+            raise UsageError(
+                f"build.lora: {entry!r} is not name=folder", hint='for example: lora = ["stars=adapters/stars"]'
+            )
         if name in found:
             raise UsageError(f"build.lora names {name} twice")
         found[name] = folder
@@ -79,7 +81,7 @@ class _Adapter:
 
     @property
     def rank(self) -> int:
-        return max(a.shape[1] for a, _ in self.pairs.values())
+        return max(int(a.shape[1]) for a, _ in self.pairs.values())
 
 
 def add(engine: Path, adapters: Mapping[str, str]) -> None:
@@ -99,7 +101,7 @@ def add(engine: Path, adapters: Mapping[str, str]) -> None:
         for place in adapter.pairs:
             if place not in nodes:
                 raise VerificationFailed(
-                    f"the adapter {adapter.name} changes {place[2]} of layer {place[0]}, which the engine does not have",
+                    f"the adapter {adapter.name} changes {place[2]} of layer {place[0]}, which the engine lacks",
                     hint="is it of another model? an adapter of its own shape can be merged: hpc submit merge",
                 )
     changed = sorted({place for adapter in taken for place in adapter.pairs})

@@ -198,8 +198,9 @@ def _set_modes(folder: Path, readable: bool) -> None:
     mask = 0 if readable else umask
     for name, _, files in os.walk(folder):
         os.chmod(name, 0o755 & ~mask | 0o700)
-        for file in files:
-            os.chmod(os.path.join(name, file), 0o644 & ~mask | 0o600)
+        for path in (os.path.join(name, file) for file in files):
+            if os.stat(path).st_nlink == 1:  # else it is somebody's elsewhere, too
+                os.chmod(path, 0o644 & ~mask | 0o600)
 
 
 def _from_gguf(file: Path, cache: Path) -> Path:

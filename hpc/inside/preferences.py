@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import UsageError
-from hpc.inside import records
+from hpc.inside import sources
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -35,8 +35,9 @@ class Pair:
 
 def read(path: Path, limit: int | None = None) -> Iterator[Pair]:
     """The pairs of one file, in order; `limit`: of its first so many bytes. UsageError, with the line, for a fault."""
-    for where, value in records._values(path, limit):
-        yield pair(value, where)
+    for piece in sources.pieces(path, limit):
+        for number, value in sources.values(piece):
+            yield pair(value, f"{piece.name} {piece.unit} {number}")
 
 
 def pair(value: Any, where: str) -> Pair:

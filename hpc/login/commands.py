@@ -52,7 +52,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     from hpc.login import follow, succession
-    from hpc.login.planning import make
+    from hpc.login.planning import make, on_login_node
     from hpc.login.submit import submit as submit_all
 
     scheduler = Scheduler()
@@ -63,6 +63,12 @@ def submit(options: argparse.Namespace) -> int:
         else:
             work.show_dry_run(sys.stdout)
         return 0
+    if on_login_node(work.settings, work.submission):
+        from hpc.login import here
+
+        work, code = here.first(options, work, scheduler, _chatter)
+        if code:
+            return code
     submission = work.submission
     if not submission.placed:  # every stage has said in a note why it has nothing to do
         if options.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -88,6 +88,8 @@ class Work:
         view.table(headings, rows, out)
         for note in work.plan.notes:
             print(f"note: {note}", file=out)
+        for name in on_login_node(self.settings, work):
+            print(f"note: {name} runs on this login node: only it has a network", file=out)
 
     def dry_run(self) -> list[dict[str, Any]]:
         """For each stage that would be submitted: the batch script, the container command, binds, environment."""
@@ -148,10 +150,20 @@ class Work:
                 print(f"from a laptop, once it is ready: hpc tunnel {work.run.id}/{placed.name}", file=out)
 
 
-def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str], None]) -> Work:
-    """The work that these options ask for; an HpcError where it cannot be done."""
-    settings = load(locate(), target=options.target, site=options.site, flags=_flags(options))
-    wanted = _wanted(options, settings)
+def make(
+    options: argparse.Namespace,
+    scheduler: Scheduler,
+    say: Callable[[str], None],
+    *,
+    only: Sequence[str] = (),
+    over: Sequence[Layer] = (),
+) -> Work:
+    """The work that these options ask for; an HpcError where it cannot be done.
+
+    `only`: these stages in place of those asked for; `over`: settings above all others.
+    """
+    settings = load(locate(), target=options.target, site=options.site, flags=[*_flags(options), *over])
+    wanted = list(only) or _wanted(options, settings)
     facts = MachineFacts(settings, say)
     try:
         plan = plans.plan(settings.wishes, wanted, settings.site, facts)
@@ -160,9 +172,17 @@ def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str],
     for note in plan.notes:
         say(f"note: {note}")
     asked = getattr(options, "replace", False)
-    work = submitting.prepare(plan, settings, options.target, scheduler, replace=asked)
-    _refuse_missing(options.first, wanted, work)
+    work = submitting.prepare(plan, settings, only[0] if only else options.target, scheduler, replace=asked)
+    if not only:
+        _refuse_missing(options.first, wanted, work)
     return Work(settings=settings, submission=work)
+
+
+def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:
+    """The stages to submit that must run here: they need a network, and the site's nodes have none."""
+    if settings.site.scheduler == "local" or settings.site.network == "nodes":
+        return []
+    return [p.name for p in work.todo if p.planned.stage.network]
 
 
 def _flags(options: argparse.Namespace) -> list[Layer]:

@@ -190,7 +190,16 @@ def test_through_a_step_where_the_node_is_not_reached(two: Two, reach: str) -> N
 
 
 def test_chat_on_a_terminal(two: Two) -> None:
-    hpc = (str(two.laptop.venv / "bin" / "hpc"), "chat", two.fp32.run, *GREEDY, "--max-tokens", "1900", "--min-tokens", "1900")
+    hpc = (
+        str(two.laptop.venv / "bin" / "hpc"),
+        "chat",
+        two.fp32.run,
+        *GREEDY,
+        "--max-tokens",
+        "1900",
+        "--min-tokens",
+        "1900",
+    )
     argv = ("/usr/bin/python3", "-c", CONTROLLING, *hpc)
     shown = Terminal(
         lambda **streams: two.laptop.cluster.popen(
