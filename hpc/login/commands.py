@@ -240,7 +240,7 @@ def tunnel(options: argparse.Namespace) -> int:
             print(f"  | {line}", file=sys.stderr)
         raise
     found = for_login(name or tunnels.me())
-    kept = tunnels.keep(for_login("LOGIN") if name else found)
+    kept = tunnels.keep(for_login("LOGIN") if name else found, way.service.run)
     if options.json:
         _print_json("hpc.tunnel/1", **asdict(found))
     else:
