@@ -10,11 +10,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hpc.core.errors import NotReady, UsageError
-from hpc.login import forward, opened, ready
-from hpc.login.tunnel import Way
+from hpc.login import opened
+
+if TYPE_CHECKING:
+    from hpc.login.tunnel import Way
 
 _CONNECT_S = 10.0
 _SILENT_S = 900.0
@@ -69,6 +72,8 @@ class Doorway:
 
 def of_service(way: Way, *, wait: bool) -> Doorway:
     """The door of a run's service. NotReady, with the phase it is in, where it does not answer (yet)."""
+    from hpc.login import forward, ready
+
     with ready.line(sys.stderr) as say:
         endpoint, token = ready.until_ready(way.service, way.ask, say, wait=wait)
     if way.reach(endpoint) == "direct":
