@@ -81,7 +81,8 @@ def _of_elsewhere(arguments: Sequence[str]) -> bool:
         from hpc.login import via
 
         via.end_with_the_caller()
-    return bool(os.environ.get("HPC_VIA")) or any(word.partition("=")[0] == "--via" for word in arguments)
+    named = any(word.partition("=")[0] == "--via" for word in arguments)
+    return named or bool(os.environ.get("HPC_VIA") and not talk.by_address(arguments))
 
 
 def _own(arguments: list[str]) -> tuple[list[str], list[str]]:
