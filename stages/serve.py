@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,8 @@ class ServeConfig:
     tp_size: int = 1
     """Set in [build]."""
     pp_size: int = 1
+    """Set in [build]."""
+    nodes: int = 0
     """Set in [build]."""
     auto: bool = False
     """Set in [build]."""
@@ -92,7 +95,16 @@ def resources(config: ServeConfig) -> Resources:
     """A guess on the safe side of a 7 B model."""
     if config.engine == "onnxruntime_genai":
         return Resources(cpus_per_task=8, mem_gb=16, time_min=240)
-    return Resources(gpus_per_node=config.tp_size * config.pp_size, cpus_per_task=8, mem_gb=64, time_min=240)
+    world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
+    return _divided(Resources(cpus_per_task=8, mem_gb=64, time_min=240), world, nodes, config.private)
+
+
+def _divided(asked: Resources, world: int, nodes: int, private: bool) -> Resources:
+    """So many ranks on so many nodes: on one it starts them itself, on several Slurm does, as a task for each GPU."""
+    if nodes == 1:
+        return replace(asked, gpus_per_node=world)
+    each = world // nodes
+    return replace(asked, nodes=nodes, gpus_per_node=each, tasks_per_node=each, cpus_per_task=4, exclusive=private)
 
 
 def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...]]:
@@ -112,12 +124,18 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         matching.refuse_early(Path(config.engine_dir), config, around.versions)
     if config.engine == "onnxruntime_genai":
         return asked, ()
-    if around.node_gpus is not None and asked.gpus_per_node > around.node_gpus:
+    notes = engines.judged("serve", config, around)
+    world = config.tp_size * config.pp_size
+    nodes = config.nodes or math.ceil(world / (around.node_gpus or world))
+    if world % nodes or (around.node_gpus is not None and world // nodes > around.node_gpus):
         raise Refused(
-            f"serve needs {asked.gpus_per_node} GPUs on one node, and a node has {around.node_gpus}",
-            hint="build the engine for fewer: build.tp_size, build.pp_size, build.quantization",
+            f"serve: {world} ranks cannot be divided among {nodes} nodes of {around.node_gpus or world} GPUs",
+            hint="build.nodes says on how many; 0: as few as there must be",
         )
-    return asked, engines.judged("serve", config, around)
+    if nodes > 1:
+        whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
+        notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")
+    return _divided(asked, world, nodes, config.private), notes
 
 
 def check(config: ServeConfig) -> None:
@@ -177,11 +195,14 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.inside import alone, matching, models, serving, triton
+    from hpc.inside import alone, following, matching, meeting, models, serving, triton
     from hpc.inside.openai import Served
     from hpc.inside.service import Server, serve
 
-    if config.private:
+    ranks = meeting.of(ctx.folder, os.environ)
+    if not ranks.first:
+        return following.follow(ranks, within_s=config.ready_s, wrapped=config.engine == "llmapi")
+    if config.private and ranks.world == 1:
         alone.become()
     engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
     if config.engine == "llmapi":
@@ -196,6 +217,8 @@ def run(config: ServeConfig, ctx: Context) -> None:
         streams=config.streaming,
     )  # fmt: skip
 
+    several = ranks.world > 1
+    ranks.tell(repository=str(folder))
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
         told = serving.Settings(
             repository=str(folder), stage=str(ctx.folder), own=own,
@@ -203,7 +226,9 @@ def run(config: ServeConfig, ctx: Context) -> None:
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
             stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
-            world=config.tp_size * config.pp_size,
+            # llmapi starts the ranks of its own node by itself
+            world=1 if config.engine == "llmapi" and not several else config.tp_size * config.pp_size,
+            meeting=str(ranks.folder) if several else "", wrapped=several and config.engine == "llmapi",
         )  # fmt: skip
 
         def argv(ports: Mapping[str, int]) -> Sequence[str]:
@@ -223,6 +248,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
                 raise HpcError(message, hint=hint) from None
             raise
         finally:  # what is left where that process was killed
+            ranks.over()
             pid = Path(own) / "pid"
             if pid.exists():
                 triton.end_group(int(pid.read_text()))
@@ -242,7 +268,7 @@ STAGE = Stage(
     private=True,
     ports=("http", "grpc", "metrics"),
     succession=lambda config: (config.successors, config.handover_min),
-    launcher="workers",
+    launcher="mpi",
     settings_of="build",
     settle=engines.settle,
     size=size,

@@ -131,7 +131,7 @@ class Wish:
 
     stage: Stage
     config: Any
-    overrides: Mapping[str, int]
+    overrides: Mapping[str, Any]
     """Single values of Resources, from `resources = {…}` or the command line."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
     """sbatch options of this stage alone, e.g. a partition without GPUs; over those of the site."""
@@ -258,6 +258,10 @@ def _one(
     if stage.size is not None:
         known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
         asked, remarks = stage.size(config, known)
+    if stage.launcher == "mpi" and wish.overrides.keys() & {"nodes", "tasks_per_node"}:
+        raise Refused(
+            f"{stage.name} has its nodes by how its ranks are divided, not by resources", hint="set build.nodes"
+        )
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks
     key = configs.key_of(

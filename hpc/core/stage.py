@@ -17,8 +17,9 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.site import Site
 
 Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine"]
-Launcher = Literal["python", "workers"]
-"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node."""
+Launcher = Literal["python", "workers", "mpi"]
+"""python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
+mpi: the same on one node, and on several a task of Slurm for each GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,10 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int = 0
     cpus_per_task: int = 4
+    tasks_per_node: int = 1
+    """Processes that Slurm starts on each node, as ranks of MPI where there are several."""
+    exclusive: bool = False
+    """Whole nodes, for this job alone."""
     mem_gb: int = 16
     """Host memory per node, GiB."""
     time_min: int = 60
@@ -37,6 +42,11 @@ class Resources:
     def gpus(self) -> int:
         """GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import models
+from hpc.inside import meeting, models
+from hpc.inside.meeting import Meeting
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -35,6 +36,8 @@ _TOKENIZER_FILES = (
     "chat_template*", "generation_config.json",
 )  # fmt: skip
 _EVERY_S = 0.5
+_TOLD_S, _TELL_S = 900, 20
+"""So long a rank waits for the first one's word, and for the first one to tell why it failed."""
 
 
 def onnx(config: Any, ctx: Context, part: Path) -> None:
@@ -141,11 +144,8 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         )
     cards = gpus()
     name, compute = cards[0]
-    if len(set(cards)) > 1:
-        raise HpcError(
-            f"the job's GPUs are not of one kind: {', '.join(sorted({c[0] for c in cards}))}",
-            hint="an engine runs only on the kind that built it: ask for one kind (gres in the site profile)",
-        )
+    _refuse_kinds(cards)
+    ranks = meeting.of(ctx.folder, os.environ)
     quantization, cache = trtllm.precision(plain.get("quantization") or {})
     positions = int(plain.get("max_position_embeddings") or 2048)
     longest = config.max_seq_len or min(positions, engines.LONGEST)
@@ -163,12 +163,20 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         max_beam_width=config.max_beam_width,
         lora_modules=tuple(config.lora_modules),
         max_lora_rank=config.max_lora_rank,
-        workers=min(len(cards), tp * pp),
+        workers=1 if ranks.world > 1 else min(len(cards), tp * pp),
     )
     _check_flags(argv, version)
     ctx.metric(tensorrt_llm=version, argv=list(argv), gpu=name)
     ctx.progress(0, tp * pp, "building")
-    _run(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
+    ranks.tell(argv=argv, cards=cards[0])
+    try:
+        _run(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
+        ranks.wait(ctx.stopping)
+    except HpcError:
+        ranks.look()  # what another one says is the reason, where there is something
+        raise
+    finally:
+        ranks.over()
     _refuse_ranks(part, "rank{}.engine", tp, pp)
     said = str((rundir.read_json(part / "config.json") or {}).get("version", version))
     if said != version:
@@ -191,6 +199,27 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         max_input_len=prompt,
         max_seq_len=longest,
     ), ctx)  # fmt: skip
+
+
+def tensorrt_of_rank(config: Any, ctx: Context, ranks: Meeting) -> None:
+    """The part of a rank that is not the first: MPI tells the same program which engines it builds."""
+    try:
+        told = ranks.told(_TOLD_S)
+        _refuse_kinds([*gpus(), tuple(told["cards"])])
+        _run(told["argv"], ctx, cwd=ctx.folder)
+        ranks.done()
+    except HpcError as error:
+        ranks.fail(error)
+        ranks.until_over(_TELL_S)
+        raise
+
+
+def _refuse_kinds(cards: Sequence[tuple[str, ...]]) -> None:
+    if len(set(cards)) > 1:
+        raise HpcError(
+            f"the job's GPUs are not of one kind: {', '.join(sorted({c[0] for c in cards}))}",
+            hint="an engine runs only on the kind that built it: ask for one kind (gres in the site profile)",
+        )
 
 
 def gpus() -> list[tuple[str, str]]:

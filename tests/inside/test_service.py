@@ -69,10 +69,13 @@ class Service:
         self.folder = StageDir(folder)
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *, delay: str = "0", server: str = SERVER, options: str = "", before: str = "") -> None:
+    def start(
+        self, *, delay: str = "0", server: str = SERVER, options: str = "", before: str = "", job: str = ""
+    ) -> None:
         code = PAYLOAD.format(server=server, delay=delay, options=options, before=before)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, self.folder.path], env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            [sys.executable, "-c", code, self.folder.path],
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "SLURM_JOB_ID": job},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -144,6 +147,25 @@ def test_end_takes_the_announcement_away(serving: Service) -> None:
     assert not Path(f"/proc/{found.pid}").exists()
 
 
+def test_token_of_a_slurm_job_outlives_an_end_that_was_asked_for_and_no_other(serving: Service) -> None:
+    """The job may be requeued; hpc.node.enter knows better, and takes the token away where it is not."""
+    serving.start(job="7")
+    serving.ready()
+    token = serving.token
+    serving.end(signal.SIGTERM)
+    assert serving.token == token
+    assert stat.S_IMODE(serving.folder.token.stat().st_mode) == 0o600
+    serving.start(job="7")
+    found = serving.ready()
+    assert serving.token == token
+    ask(found, "/leave", token)
+    assert serving.end() == (0, "")
+    assert not serving.folder.token.exists()
+    serving.start()
+    assert ask(serving.ready(), "/health", serving.token)
+    assert serving.token != token
+
+
 def test_warning_before_the_limit_is_told_and_it_serves_on(serving: Service) -> None:
     serving.start()
     found = serving.ready()
@@ -159,7 +181,12 @@ def test_warning_before_the_limit_is_told_and_it_serves_on(serving: Service) -> 
 
 def test_asked_to_end_while_it_starts(serving: Service) -> None:
     serving.start(delay="60")
-    time.sleep(0.7)
+    assert serving.process is not None
+    children = Path(f"/proc/{serving.process.pid}/task/{serving.process.pid}/children")
+    begin = time.monotonic()
+    while not children.read_text():  # the server
+        assert time.monotonic() - begin < 20
+        time.sleep(0.02)
     begin = time.monotonic()
     assert serving.end(signal.SIGTERM) == (0, "")
     assert time.monotonic() - begin < 5
