@@ -161,11 +161,11 @@ def check(config: BuildConfig) -> None:
 def run(config: BuildConfig, ctx: Context) -> None:
     """Build the engine, whole or not at all, and its passport."""
     from hpc.inside import engines as builders
-    from hpc.inside import meeting, models
+    from hpc.inside import meeting, models, rankbuild
 
     ranks = meeting.of(ctx.folder, os.environ)
     if not ranks.first:
-        return builders.tensorrt_of_rank(config, ctx, ranks)
+        return rankbuild.build(ctx, ranks)
     with models.written_whole(ctx.outputs["engine"]) as part:
         if config.engine == "onnxruntime_genai":
             builders.onnx(config, ctx, part)

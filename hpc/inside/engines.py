@@ -27,7 +27,6 @@ from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
 from hpc.inside import meeting, models
-from hpc.inside.meeting import Meeting
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -36,8 +35,6 @@ _TOKENIZER_FILES = (
     "chat_template*", "generation_config.json",
 )  # fmt: skip
 _EVERY_S = 0.5
-_TOLD_S, _TELL_S = 900, 20
-"""So long a rank waits for the first one's word, and for the first one to tell why it failed."""
 
 
 def onnx(config: Any, ctx: Context, part: Path) -> None:
@@ -51,7 +48,7 @@ def onnx(config: Any, ctx: Context, part: Path) -> None:
             "-p", precision, "-e", "cpu", "-c", str(work))  # fmt: skip
     ctx.progress(0, 1, "building")
     try:
-        _run(argv, ctx, cwd=part.parent)
+        run_program(argv, ctx, cwd=part.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     made = rundir.read_json(part / "genai_config.json")
@@ -107,7 +104,7 @@ def checkpoints(config: Any, ctx: Context, part: Path) -> None:
     _check_flags(argv, version)
     ctx.metric(tensorrt_llm=version, argv=list(argv))
     ctx.progress(0, 1, "converting")
-    _run(argv, ctx, cwd=part.parent)
+    run_program(argv, ctx, cwd=part.parent)
     if calibration is not None:
         shutil.rmtree(calibration)
     _refuse_ranks(part, "rank{}.safetensors", config.tp_size, config.pp_size)
@@ -144,7 +141,7 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         )
     cards = gpus()
     name, compute = cards[0]
-    _refuse_kinds(cards)
+    refuse_kinds(cards)
     ranks = meeting.of(ctx.folder, os.environ)
     quantization, cache = trtllm.precision(plain.get("quantization") or {})
     positions = int(plain.get("max_position_embeddings") or 2048)
@@ -170,7 +167,7 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
     ctx.progress(0, tp * pp, "building")
     ranks.tell(argv=argv, cards=cards[0])
     try:
-        _run(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
+        run_program(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
         ranks.wait(ctx.stopping)
     except HpcError:
         ranks.look()  # what another one says is the reason, where there is something
@@ -201,20 +198,8 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
     ), ctx)  # fmt: skip
 
 
-def tensorrt_of_rank(config: Any, ctx: Context, ranks: Meeting) -> None:
-    """The part of a rank that is not the first: MPI tells the same program which engines it builds."""
-    try:
-        told = ranks.told(_TOLD_S)
-        _refuse_kinds([*gpus(), tuple(told["cards"])])
-        _run(told["argv"], ctx, cwd=ctx.folder)
-        ranks.done()
-    except HpcError as error:
-        ranks.fail(error)
-        ranks.until_over(_TELL_S)
-        raise
-
-
-def _refuse_kinds(cards: Sequence[tuple[str, ...]]) -> None:
+def refuse_kinds(cards: Sequence[tuple[str, ...]]) -> None:
+    """HpcError where they are not of one kind."""
     if len(set(cards)) > 1:
         raise HpcError(
             f"the job's GPUs are not of one kind: {', '.join(sorted({c[0] for c in cards}))}",
@@ -309,7 +294,9 @@ def _check_flags(argv: Sequence[str], version: str) -> None:
         )
 
 
-def _run(argv: Sequence[str], ctx: Context, *, cwd: Path, done: Callable[[], int] = lambda: 0, total: int = 1) -> None:
+def run_program(
+    argv: Sequence[str], ctx: Context, *, cwd: Path, done: Callable[[], int] = lambda: 0, total: int = 1
+) -> None:
     """Run a program to its end; HpcError with its last line where it fails. It ends where the job is asked to.
 
     `done` counts what it has made of `total`; for the progress.
