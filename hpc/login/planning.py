@@ -167,6 +167,8 @@ def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str],
 
 def _flags(options: argparse.Namespace) -> list[Layer]:
     layers = [Layer(f"--set {text}", assignment(text)) for text in options.assignments]
+    if getattr(options, "auto", False):
+        layers.append(Layer("--auto", {"build": {"auto": True}}))
     for name in ("partition", "account", "qos"):
         value = getattr(options, name)
         if value is not None:
