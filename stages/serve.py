@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from hpc.core import engines
+from hpc.core import engines, rundir
 from hpc.core.division import KvCache, Quantization
 from hpc.core.errors import Refused, UsageError
 from hpc.core.stage import Around, Context, Input, Resources, Stage
@@ -82,6 +82,8 @@ class ServeConfig:
     """Jobs that take over one after another, each before the time limit of the one before it."""
     handover_min: int = 15
     """Minutes before the limit that the next job may start: it waits in the queue and starts within them."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that a request may name as its model, as name=/folder. (llmapi; others have them built in.)"""
     extra: tuple[str, ...] = field(default=())
     """Further values for the repository's templates, as name=value."""
 
@@ -144,11 +146,43 @@ def check(config: ServeConfig) -> None:
         raise UsageError("serve.max_batch_size must be 1 or more")
     if config.successors < 0 or config.handover_min < 1:
         raise UsageError("serve.successors must be 0 or more, serve.handover_min 1 or more")
+    if config.adapters and config.engine not in ("llmapi", "auto"):
+        raise UsageError("serve.adapters is for llmapi", hint="onnxruntime_genai has them built in: build.lora")
+    for name, folder in named(config):
+        if not name or name == config.name or not Path(folder).is_absolute() or "'" in folder:
+            raise UsageError(
+                f"serve.adapters: {name}={folder} is not name=/folder", hint="with another name than serve.name"
+            )
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise UsageError(f"serve.adapters: {folder} holds no LoRA adapter", hint="it needs adapter_config.json")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
     if config.vendor_repository and config.engine != "tensorrt_llm":
         raise UsageError("serve.vendor_repository is for tensorrt_llm alone")
+
+
+def named(config: ServeConfig) -> list[tuple[str, str]]:
+    """(name, folder) of each adapter."""
+    return [(name, folder) for name, _, folder in (entry.partition("=") for entry in config.adapters)]
+
+
+def lora_config(folders: Sequence[str]) -> str:
+    """What TensorRT-LLM's LLM API must know of them: where one lies, how many there are, the highest rank."""
+    ranks = [(rundir.read_json(Path(folder) / "adapter_config.json") or {}).get("r", 8) for folder in folders]
+    count = len(folders)
+    return f"{{lora_dir: ['{folders[0]}'], max_lora_rank: {max(ranks)}, max_loras: {count}, max_cpu_loras: {count}}}"
+
+
+def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
+    """Adapter -> what Triton's model is told. onnxruntime_genai's engine has its adapters' names beside it."""
+    if config.engine == "llmapi":
+        return {
+            name: {"lora_id": number, "lora_name": name, "lora_path": folder}
+            for number, (name, folder) in enumerate(named(config), 1)
+        }
+    built_in = (rundir.read_json(engine / "adapters.json") or {}).get("names", {})
+    return {name: {"lora_name": name} for name in built_in}
 
 
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
@@ -174,6 +208,8 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         max_attention_window_size=config.attention_window or None,
         enable_kv_cache_reuse=config.kv_cache_reuse,
         enable_chunked_context=config.chunked_context,
+        enable_lora=bool(config.adapters),
+        lora_config=lora_config([folder for _, folder in named(config)]) if config.adapters else "null",
         tensor_parallel_size=config.tp_size,
         pipeline_parallel_size=config.pp_size,
     )
@@ -214,7 +250,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
-        streams=config.streaming,
+        streams=config.streaming, adapters=_adapters(config, engine),
     )  # fmt: skip
 
     several = ranks.world > 1
@@ -263,6 +299,7 @@ STAGE = Stage(
     consumes={"engine_dir": Input(kind="engine", optional=True), "model": Input(kind="hf_model", optional=True)},
     outputs=lambda config: {},
     resources=resources,
+    files=lambda config: tuple(folder for _, folder in named(config)),
     check=check,
     service=True,
     private=True,

@@ -258,10 +258,6 @@ def _one(
     if stage.size is not None:
         known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
         asked, remarks = stage.size(config, known)
-    if stage.launcher == "mpi" and wish.overrides.keys() & {"nodes", "tasks_per_node"}:
-        raise Refused(
-            f"{stage.name} has its nodes by how its ranks are divided, not by resources", hint="set build.nodes"
-        )
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks
     key = configs.key_of(
