@@ -86,7 +86,7 @@ def enter(job: Job) -> None:
     if not rank:
         endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
-    if not rank and result.state in {"TIMEOUT", "PREEMPTED"}:
+    if not rank and result.state == "TIMEOUT":  # a preempted job may come back by itself
         endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)

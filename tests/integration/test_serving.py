@@ -47,6 +47,7 @@ def engine(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator
         "[build.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
     )
     project.hpc("submit", "build", "--wait", timeout=300)
+    folder.chmod(0o755)  # bob serves it too
     yield folder / "runs" / "build-1" / "build" / "out" / "engine"
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -207,6 +208,16 @@ def test_what_it_says_is_whole_in_every_way_of_asking(shared: Served) -> None:
         assert "".join(texts) == TEXT
         assert len(texts) > 30
         assert not [text for text in texts if "\ufffd" in text]
+
+
+def test_it_says_what_transformers_itself_says(shared: Served, engine: Path) -> None:
+    """Greedy, of something that it has not learned by heart; through the door, Triton and the engine."""
+    said = json.loads((engine.parents[4] / "model" / "greedy.json").read_text())
+    words = {"max_tokens": said["tokens"], "min_tokens": said["tokens"], "top_k": 1, "add_special_tokens": False}
+    asked = {"text_input": "<|user|>naïve 인사<|assistant|>", **words}
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        answer = json.loads(shared.ask(f"/v2/models/{model}/generate", asked)[1])
+        assert (answer["text_output"], answer["sequence_length"]) == (said["text"], 48)
 
 
 def test_stop_words_bad_words_and_lengths(shared: Served) -> None:
@@ -371,12 +382,19 @@ def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served, serve_
     assert "Triton has ended with exit code 0" in log
 
 
-def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Served) -> None:
+def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Served, serve_cpu_sif: Path) -> None:
     """32 at once, through a hand-over and a stop; from a laptop too, whose tunnel follows."""
     project, token = served.project, served.token
     laptop = on_a_laptop(project)
     tunnel = laptop.tunnel(f"{served.run}/serve")
     url = tunnel.url()
+    tunnel.until(lambda: len(tunnel.out) > 2)
+    local = dict(line.strip().split(": localhost:") for line in tunnel.out if ": localhost:" in line)
+    assert local.keys() == {"grpc", "metrics"}
+    through = said(served.grpc("whole", serve_cpu_sif, node="laptop", host="127.0.0.1", port=int(local["grpc"])))
+    assert through["text"] == TEXT
+    metrics = served.ask("/metrics", node="laptop", url=f"http://127.0.0.1:{local['metrics']}")
+    assert "nv_inference_request_success" in metrics[1]
     told = str(project.folder / "enough")
     process = load(served, 1000, 32, 16, where=str(served.folder / "endpoint.json"), until=told)
     far = load(served, 1, 2, 16, where=url.partition("?")[0], until=told + "-there", node="laptop")
