@@ -131,7 +131,7 @@ class Wish:
 
     stage: Stage
     config: Any
-    overrides: Mapping[str, int]
+    overrides: Mapping[str, Any]
     """Single values of Resources, from `resources = {…}` or the command line."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
     """sbatch options of this stage alone, e.g. a partition without GPUs; over those of the site."""

@@ -77,6 +77,10 @@ class AttemptDir:
         """Written by `hpc cancel`: the end that follows was asked for."""
         return self.path / "cancelled.json"
 
+    def of_rank(self, rank: int) -> AttemptDir:
+        """Where a rank of the job writes: the first one here, each other one in a folder of its own."""
+        return AttemptDir(self.path / f"rank-{rank}") if rank else self
+
     @property
     def successor(self) -> Path:
         """The job.json of a service's next job, until it takes over from the one before."""
@@ -222,6 +226,11 @@ class RunsDir:
         """The folder that the next run of that name gets: its number is one above the highest."""
         numbers = self.numbers()
         return RunDir(self.path / f"{name}-{numbers[0][0] + 1 if numbers else 1}")
+
+
+def rank(ranks: int) -> int:
+    """The number of this process among the job's tasks, as srun tells it; 0 where it is the only one."""
+    return int(os.environ.get("SLURM_PROCID", "0")) if ranks > 1 else 0
 
 
 def _scan(path: Path) -> list[os.DirEntry[str]]:

@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
 Kind = Literal[
     "records", "dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report",
 ]  # fmt: skip
-Launcher = Literal["python", "workers", "torchrun"]
+Launcher = Literal["python", "workers", "torchrun", "mpi"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
-torchrun: a process for each GPU, on any number of nodes."""
+torchrun: a process for each GPU, on any number of nodes; mpi: as workers on one node, and on several a task of Slurm for
+each GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int = 0
     cpus_per_task: int = 4
+    tasks_per_node: int = 1
+    """Processes that Slurm starts on each node, as ranks of MPI where there are several."""
+    exclusive: bool = False
+    """Whole nodes, for this job alone."""
     mem_gb: int = 16
     """Host memory per node, GiB."""
     time_min: int = 60
@@ -40,6 +45,11 @@ class Resources:
     def gpus(self) -> int:
         """GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def ranks(self) -> int:
+        """Processes on all nodes."""
+        return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from hpc.core import config as configs
 from hpc.core import rundir
 from hpc.core.errors import STOPPED, HpcError
 from hpc.core.stage import Stage, load
-from hpc.inside import once
+from hpc.inside import meeting, once
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -68,8 +68,9 @@ class RunContext:
 
 def main(argv: list[str]) -> int:
     name, config_path, attempt_path = argv
-    attempt = rundir.AttemptDir(Path(attempt_path))
     stage_dir = rundir.StageDir(Path(config_path).parent)
+    rank = meeting.of(stage_dir.path, os.environ).rank
+    attempt = rundir.AttemptDir(Path(attempt_path)).of_rank(rank)
     try:
         return run(load(name), stage_dir, attempt)
     except HpcError as error:
@@ -96,6 +97,8 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
         folder.mkdir(parents=True, exist_ok=True)
     context.listen()
     stage.run(configs.decode(stage.config, document["config"]), context)
+    if meeting.of(stage_dir.path, os.environ).rank:  # the first one makes the outputs, and says how it went
+        return 0
     missing = [name for name, path in context.outputs.items() if not path.exists()]
     if (missing or stage.service) and context.stopping():
         return STOPPED

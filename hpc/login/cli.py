@@ -280,6 +280,7 @@ def _what(verb: argparse.ArgumentParser, nargs: str | None) -> None:
         "--from", metavar="STAGE", dest="first", help="only from this stage on: earlier ones must be done"
     )
     verb.add_argument("--until", metavar="STAGE", dest="last", help="only up to this stage")
+    verb.add_argument("--auto", action="store_true", help="build.auto: divide the engine among the fewest GPUs")
     verb.add_argument("-p", "--partition", metavar="NAME")
     verb.add_argument("-A", "--account", metavar="NAME")
     verb.add_argument("-q", "--qos", metavar="NAME")

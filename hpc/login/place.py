@@ -100,9 +100,10 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
         limit_s=limit_s,
         enforce=site.scheduler == "local",
-        listen=_bind(site) if planned.stage.private else "",
-        ports=planned.stage.ports if planned.stage.private else (),
+        listen=_bind(site) if _private(planned) else "",
+        ports=planned.stage.ports if _private(planned) else (),
         takes_over=ground.takes_over,
+        ranks=planned.resources.ranks,
         signal_delay_s=delay_s,
     )
     return Placed(
@@ -201,8 +202,13 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
         binds=binds,
         gpus=planned.resources.gpus_per_node > 0,
         cwd=str(run.path),
-        private=planned.stage.private,
+        private=_private(planned),
     )
+
+
+def _private(planned: Planned) -> bool:
+    """Whether it has an empty network. The ranks of several nodes must reach each other."""
+    return planned.stage.private and planned.resources.nodes == 1
 
 
 def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
@@ -212,7 +218,7 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
         "job_name": planned.name,
         "time": asked.time_min,
         "nodes": asked.nodes,
-        "ntasks_per_node": 1,
+        "ntasks_per_node": asked.tasks_per_node,
         "cpus_per_task": asked.cpus_per_task,
         "partition": site.partition,
         "account": site.account,
@@ -228,10 +234,15 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
             f"export PYTHONPATH={shlex.quote(str(run.code))}",
         ],
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
-        "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
+        "srun_args": [
+            f"--cpus-per-task={asked.cpus_per_task}",
+            # where one rank is gone, the others would wait for it for ever
+            *([f"--mpi={site.mpi}", "--kill-on-bad-exit=1"] if asked.ranks > 1 else []),
+        ],
         # else a job whose input failed would wait for ever
         "additional_parameters": {
             "kill-on-invalid-dep": "yes",
+            **({"exclusive": True} if asked.exclusive else {}),
             **{name: value for name, value in site.sbatch.items() if value is not False},
         },
     }

@@ -55,6 +55,8 @@ class Job:
     """The address of the sockets that are opened for the payload, which has an empty network."""
     ports: tuple[str, ...] = ()
     """Their names."""
+    ranks: int = 1
+    """It is entered by so many tasks."""
     takes_over: bool = False
     """It is a service's next job, and starts while the one before it serves."""
 
@@ -62,10 +64,12 @@ class Job:
 def enter(job: Job) -> None:
     """Run the job to its end. Leaves with the payload's exit code, so that the scheduler sees the same end."""
     stage_dir = rundir.StageDir(Path(job.stage_dir))
-    attempt = stage_dir.attempt(job.attempt)
+    rank = rundir.rank(job.ranks)
+    attempt = stage_dir.attempt(job.attempt).of_rank(rank)
+    attempt.path.mkdir(exist_ok=True)
     _keep_earlier_outcome(attempt)
     refused = succession.refused(stage_dir, job.attempt)
-    if not job.takes_over and refused is None:
+    if not (job.takes_over or refused or rank):
         endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
@@ -79,9 +83,10 @@ def enter(job: Job) -> None:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
     keep = _may_return(result) or bool(stage_dir.successors())
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
+    if not rank:
+        endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
-    if result.state in {"TIMEOUT", "PREEMPTED"}:
+    if not rank and result.state == "TIMEOUT":  # a preempted job may come back by itself
         endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)

@@ -52,6 +52,13 @@ for step in range(400):
         break
 print(step, loss.item())
 model.eval().save_pretrained("hf")
+# what transformers itself says to something that it has not learned
+import json
+start = tokenizer.encode("<|user|>naïve 인사<|assistant|>").ids
+with torch.no_grad():
+    said = model.generate(torch.tensor([start]), max_new_tokens=48, min_new_tokens=48, do_sample=False)
+tokens = said[0, len(start):].tolist()
+json.dump({"tokens": len(tokens), "text": tokenizer.decode(tokens)}, open("greedy.json", "w"))
 """
 TEXT = "안녕하세요 🙂 반갑습니다! <think>음…</think> naïve 끝"
 QUESTION = "인사"
@@ -114,13 +121,13 @@ class Served:
 
     def grpc(
         self, what: str, image: Path, *, user: str = "alice", node: str = "login", token: str | None = None,
-        host: str = "",
+        host: str = "", port: int = 0,
     ) -> subprocess.Popen[str]:  # fmt: skip
         """One of tests/support/grpcing.py, which runs in the image with Triton's own client."""
         inside = ("apptainer", "-s", "exec", str(image), "timeout", "90", "python3", "-c", GRPCING)
         pipe = subprocess.PIPE
         process = self.project.cluster.popen(
-            user, *inside, f"{host or self.node}:{self.ports['grpc']}", what, PROMPT, node=node,
+            user, *inside, f"{host or self.node}:{port or self.ports['grpc']}", what, PROMPT, node=node,
             stdin=pipe, stdout=pipe, stderr=pipe,
         )  # fmt: skip
         assert process.stdin is not None
