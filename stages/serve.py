@@ -57,9 +57,9 @@ class ServeConfig:
     queue_size: int = 0
     """Requests that wait before new ones are refused; 0: any number."""
     kv_cache_fraction: float = 0.9
-    """Of the GPU's free memory. (TensorRT-LLM)"""
+    """Of the GPU's free memory; without GPUs, of what engine and server leave of the job's."""
     kv_cache_tokens: int = 0
-    """Tokens in the KV cache; 0: by the fraction. (TensorRT-LLM)"""
+    """Tokens in the KV cache; 0: by the fraction. Requests for which it has no room wait."""
     attention_window: int = 0
     """Tokens that attention looks back; 0: all. (TensorRT-LLM)"""
     kv_cache_reuse: bool = False
@@ -136,9 +136,12 @@ def check(config: ServeConfig) -> None:
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import repository
+    from hpc.inside import kvbudget, repository
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
+    cache = config.kv_cache_tokens
+    if not cache and config.engine == "onnxruntime_genai":
+        cache = kvbudget.tokens(engine, config.kv_cache_fraction)
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -152,7 +155,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         exclude_input_in_output=config.exclude_input,
         batching_strategy=config.batching,
         kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
-        max_tokens_in_paged_kv_cache=config.kv_cache_tokens or None,
+        max_tokens_in_paged_kv_cache=cache or None,
         max_attention_window_size=config.attention_window or None,
         enable_kv_cache_reuse=config.kv_cache_reuse,
         enable_chunked_context=config.chunked_context,
@@ -177,7 +180,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.inside import alone, matching, models, serving, triton
+    from hpc.inside import alone, loras, matching, models, serving, triton
     from hpc.inside.openai import Served
     from hpc.inside.service import Server, serve
 
@@ -193,7 +196,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
-        streams=config.streaming,
+        streams=config.streaming, adapters=loras.names(engine),
     )  # fmt: skip
 
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,12 @@ class Served:
     cumulative: bool = False
     """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
     streams: bool = True
+    adapters: Sequence[str] = ()
+    """LoRA adapters of the engine: a request that names one as its model is answered by it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.adapters)
 
 
 def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
@@ -57,6 +63,8 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
         "stream": served.streams,
     }
+    if body.get("model") in served.adapters:
+        words["lora_name"] = body["model"]
     if special is not None and not served.cumulative:
         words["add_special_tokens"] = special
     if temperature == 0:
@@ -140,17 +148,23 @@ class Api:
         from aiohttp import web
 
         served = self._served
-        entry = {
-            "id": served.name, "object": "model", "created": self._began, "owned_by": "hpc",
-            "max_tokens": served.max_tokens, "chat": bool(self._template),
-        }  # fmt: skip
-        name = request.match_info.get("name")
-        if name is None:
-            return web.json_response({"object": "list", "data": [entry]})
-        return web.json_response(entry) if name == served.name else self._unknown(name)
+        entries = [
+            {
+                "id": name, "object": "model", "created": self._began, "owned_by": "hpc",
+                "max_tokens": served.max_tokens, "chat": bool(self._template),
+                **({} if name == served.name else {"parent": served.name}),
+            }
+            for name in served.names
+        ]  # fmt: skip
+        asked = request.match_info.get("name")
+        if asked is None:
+            return web.json_response({"object": "list", "data": entries})
+        found = [entry for entry in entries if entry["id"] == asked]
+        return web.json_response(found[0]) if found else self._unknown(asked)
 
     def _unknown(self, name: object) -> Response:
-        return error(404, f"there is no model {name!r} here: it is {self._served.name!r}", "not_found", "model")
+        known = " or ".join(map(repr, self._served.names))
+        return error(404, f"there is no model {name!r} here: it is {known}", "not_found", "model")
 
     async def _chat(self, request: Request) -> Response:
         def words(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,12 +187,12 @@ class Api:
             body = json.loads(await request.read())
             if not isinstance(body, dict):
                 raise Invalid("the body must be a JSON object")
-            if body.get("model") not in (None, self._served.name):
+            if body.get("model") not in (None, *self._served.names):
                 return self._unknown(body["model"])
             words = make(body)
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
-        form = _Form(self._served.name, chat=chat)
+        form = _Form(body.get("model") or self._served.name, chat=chat)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)
