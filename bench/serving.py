@@ -71,7 +71,7 @@ def _planned() -> Line:
     from tests.core.test_engine_plans import LLAMA_70B, both, facts
 
     taken = []
-    with mock.patch("hpc.inside.models.inspect", lambda base: None):
+    with mock.patch("hpc.inside.models.inspect", return_value=None):
         for _ in range(21):
             world = facts(LLAMA_70B)
             begin = time.perf_counter()
@@ -226,24 +226,24 @@ def _served(python: Path, engine: Path) -> Iterator[tuple[int, int]]:
         folder = Path(own) / "repository"
         filling = repository.values("onnxruntime_genai", engine, engine, repository.Settings())
         repository.render(folder, "onnxruntime_genai", TEMPLATES / "triton", filling)
-        port = serving._free_port()
+        ports = {name: serving._free_port() for name in ("http", "grpc", "metrics")}
         told = serving.Settings(
-            repository=str(folder), own=own, shm=f"bench{os.getpid()}_", page=str(TEMPLATES / "chat.html"),
+            repository=str(folder), stage=own, own=own, shm=f"bench{os.getpid()}_", page=str(TEMPLATES / "chat.html"),
             tokenizer=str(engine), served=asdict(Served(name="bench", target="ensemble", max_tokens=TOKENS)),
-            stop_model="tensorrt_llm", bind="127.0.0.1", port=port, ready_s=120, drain_s=1, end_s=15,
+            stop_model="tensorrt_llm", bind="127.0.0.1", ports=ports, ready_s=120, drain_s=1, end_s=15,
         )  # fmt: skip
         (Path(own) / "settings.json").write_text(json.dumps(asdict(told)))
         argv = (python, "-m", "hpc.inside.serving", Path(own) / "settings.json")
         env = {**os.environ, **_ENV, "PYTHONPATH": str(ROOT), serving.TOKEN: TOKEN}
         log = Path(own) / "log"
         with _process(argv, env, log) as process:
-            while not _healthy(port):
+            while not _healthy(ports["http"]):
                 if process.poll() is not None:
                     raise SystemExit(log.read_text(errors="replace")[-3000:])
                 time.sleep(0.1)
             said = re.search(r"Started HTTPService at 127\.0\.0\.1:(\d+)", log.read_text(errors="replace"))
             assert said is not None
-            yield port, int(said[1])
+            yield ports["http"], int(said[1])
 
 
 def _healthy(port: int) -> bool:

@@ -60,9 +60,9 @@ class ServeConfig:
     queue_size: int = 0
     """Requests that wait before new ones are refused; 0: any number."""
     kv_cache_fraction: float = 0.9
-    """Of the GPU's free memory. (TensorRT-LLM)"""
+    """Of the GPU's free memory; without GPUs, of what engine and server leave of the job's."""
     kv_cache_tokens: int = 0
-    """Tokens in the KV cache; 0: by the fraction. (TensorRT-LLM)"""
+    """Tokens in the KV cache; 0: by the fraction. Requests for which it has no room wait."""
     attention_window: int = 0
     """Tokens that attention looks back; 0: all. (TensorRT-LLM)"""
     kv_cache_reuse: bool = False
@@ -176,21 +176,25 @@ def lora_config(folders: Sequence[str]) -> str:
 
 def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
     """Adapter -> what Triton's model is told. onnxruntime_genai's engine has its adapters' names beside it."""
+    from hpc.inside import loras
+
     if config.engine == "llmapi":
         return {
             name: {"lora_id": number, "lora_name": name, "lora_path": folder}
             for number, (name, folder) in enumerate(named(config), 1)
         }
-    built_in = (rundir.read_json(engine / "adapters.json") or {}).get("names", {})
-    return {name: {"lora_name": name} for name in built_in}
+    return {name: {"lora_name": name} for name in loras.names(engine)}
 
 
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import repository
+    from hpc.inside import kvbudget, repository
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
+    cache = config.kv_cache_tokens
+    if not cache and config.engine == "onnxruntime_genai":
+        cache = kvbudget.tokens(engine, config.kv_cache_fraction)
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -204,7 +208,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         exclude_input_in_output=config.exclude_input,
         batching_strategy=config.batching,
         kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
-        max_tokens_in_paged_kv_cache=config.kv_cache_tokens or None,
+        max_tokens_in_paged_kv_cache=cache or None,
         max_attention_window_size=config.attention_window or None,
         enable_kv_cache_reuse=config.kv_cache_reuse,
         enable_chunked_context=config.chunked_context,

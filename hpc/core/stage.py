@@ -21,8 +21,8 @@ Kind = Literal[
 ]  # fmt: skip
 Launcher = Literal["python", "workers", "torchrun", "mpi"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
-torchrun: a process for each GPU, on any number of nodes; mpi: as workers on one node, and on several a task of Slurm for
-each GPU."""
+torchrun: a process for each GPU, on any number of nodes; mpi: as workers on one node, and on several a task of Slurm
+for each GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ def engine(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator
         "hpc.toml",
         f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["build"]\n'
         f'[build]\nengine = "onnxruntime_genai"\nmodel = "{hf}"\n'
+        'lora = ["first=model/adapters/first", "second=model/adapters/second"]\n'
         "[build.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
     )
     project.hpc("submit", "build", "--wait", timeout=300)
@@ -239,6 +240,63 @@ def test_stop_words_bad_words_and_lengths(shared: Served) -> None:
         without = json.loads(shared.ask(f"/v2/models/{model}/generate", {**asked, "bad_words": ["🙂"]})[1])
         assert "안녕하세요" in without["text_output"]
         assert "🙂" not in without["text_output"]
+
+
+def test_answers_are_the_same_alone_and_together(shared: Served, engine: Path) -> None:
+    """Different lengths, ends and adapters in one batch; the adapters' as transformers says them, merged."""
+    asked = [
+        {"text_input": f"{n} " * (1 + 9 * n), "max_tokens": 10 + 7 * n, "stream": bool(n % 2), "top_k": 1}
+        for n in range(6)
+    ]
+    prompt = {"text_input": f"<s><|user|>{QUESTION}<|assistant|>", "max_tokens": 40, "add_special_tokens": False}
+    chat = [{**prompt, **more} for more in ({"lora_name": "first"}, {"lora_name": "second"}, {"stop_words": ["반갑"]})]
+    program = shared.project.write("at_once.py", (CHECKOUT / "tests" / "support" / "at_once.py").read_text())
+    words = ("/usr/bin/python3", str(program), shared.url, str(shared.folder / "token"))
+    done = shared.project.cluster.run("alice", *words, timeout=120, input=json.dumps([*asked, *chat, *asked[:3]]))
+    found = json.loads(done.stdout)
+    assert found["alone"] == found["together"]
+    expected = json.loads((engine.parents[4] / "model" / "adapters" / "said.json").read_text())
+    assert expected["first"] != expected["second"]
+    assert [text for text, _ in found["together"][6:9]] == [expected["first"], expected["second"], "안녕하세요 🙂 "]
+
+
+def test_an_adapter_is_a_model_for_openais_clients(shared: Served, engine: Path) -> None:
+    expected = json.loads((engine.parents[4] / "model" / "adapters" / "said.json").read_text())
+    code, body = shared.ask("/v1/chat/completions", {**CHAT, "model": "second", "max_tokens": 40})
+    assert (code, json.loads(body)["model"]) == (200, "second")
+    assert json.loads(body)["choices"][0]["message"]["content"] == expected["second"]
+    code, body = shared.ask("/v1/chat/completions", {**CHAT, "model": "third"})
+    assert (code, "it is 'tiny' or 'first' or 'second'" in body) == (404, True)
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        words = {"text_input": "x", "max_tokens": 3, "lora_name": "third"}
+        code, body = shared.ask(f"/v2/models/{model}/generate", words)
+        assert "there is no adapter 'third' in this engine: there are first, second" in body
+
+
+def test_the_engines_loop(cluster: Cluster, engine: Path, serve_cpu_sif: Path, hpc_install: Path) -> None:
+    """In the image, without Triton: who shares a pass, who waits, and who is told what."""
+    (code,) = hpc_install.glob("lib/python*/site-packages/hpc/_assets/templates/triton/onnxruntime_genai")
+    program = engine.parents[4] / "engine_alone.py"
+    shutil.copyfile(CHECKOUT / "tests" / "support" / "engine_alone.py", program)
+    inside = ("srun", "-c2", "apptainer", "-s", "exec", "--bind", str(hpc_install), str(serve_cpu_sif))
+    words = ("python3", str(program), str(code / "tensorrt_llm" / "1"), str(engine))
+    seen = json.loads(cluster.run("alice", *inside, *words, timeout=120).stdout.splitlines()[-1])
+    assert seen["together"] == seen["alone"]
+    assert seen["rows"] == len(seen["alone"]), "all of them in one pass"
+    assert {len(tokens) for tokens, *_ in seen["alone"]} > {5, 23, 41, 59, 77}
+    assert seen["pieces"] == [64] * 23 + [28], "a long prompt, in pieces"
+    assert min(seen["between"]) >= 1, "and those that run go on in between"
+    assert (seen["left"], seen["stayed"], seen["late"]) == (["cancelled", True], True, 0)
+    assert seen["ended_s"] < 5
+    assert seen["told"] == ["the engine has ended"] * 4
+    assert seen["room_for"] == 1, "the cache has room for one of them at a time"
+    assert [(len(tokens), reason) for tokens, reason, _ in seen["waited"]] == [(30, "length")] * 5
+    assert [error for _, _, error in seen["too_much"]] == [
+        "prompt and answer may have 120 tokens; the engine's cache has room for 100",
+        "there is no adapter 'third' in this engine: there are first, second",
+        "the prompt has tokens that the model does not know",
+    ]
+    assert seen["broken"] == "the engine has ended"
 
 
 def test_sampling_follows_its_seed(shared: Served) -> None:
@@ -616,7 +674,7 @@ def test_openais_own_client(shared: Served, openai_python: Path) -> None:
         "alice", str(openai_python), "-c", CLIENT, shared.url, QUESTION, input=shared.token, timeout=120
     )
     assert json.loads(shown.stdout) == {
-        "models": ["tiny"],
+        "models": ["tiny", "first", "second"],
         "whole": [TEXT, "stop", 79],
         "stream": TEXT,
         "usage": 79,
