@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from hpc.core.errors import UsageError
 from hpc.core.stage import Artifact, Context, Input, Resources, Stage
+from hpc.inside import families
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class FetchConfig:
     """Patterns of the files to take of data sets on the hub; empty: every file that prepare can read."""
     pickles: tuple[str, ...] = ()
     """Names of weight files that are pickles, and are trusted: they are read as tensors alone, and converted."""
+    family: families.Family = "own"
+    """Chat template to put beside a model that has none, as Meta's own files have not: llama-2, llama-3, …"""
     hub_home: str | None = None
     """Folder of the hub's own files, with the `token` of `hf auth login`; None: HF_TOKEN, or HF_HOME."""
 
@@ -67,7 +70,7 @@ def run(config: FetchConfig, ctx: Context) -> None:
     from hpc.inside import fetching, models
 
     models.settle()
-    fetcher = fetching.Fetcher(ctx, config.hub_home, config.pickles)
+    fetcher = fetching.Fetcher(ctx, config.hub_home, config.pickles, config.family)
     try:
         if config.datasets:
             with models.written_whole(ctx.outputs["data"]) as part:
