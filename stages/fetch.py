@@ -13,6 +13,9 @@ from hpc.core.errors import UsageError
 from hpc.core.stage import Artifact, Context, Input, Resources, Stage
 from hpc.inside import families
 
+_PATHS = ("/", ".", "~")
+"""So begins a path; a name on the hub does not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
@@ -43,6 +46,10 @@ def outputs(config: FetchConfig) -> dict[str, Artifact]:
     return {**made, "data": Artifact(kind="records", path="data")} if config.datasets else made
 
 
+def files(config: FetchConfig) -> tuple[str, ...]:
+    return tuple(given for given in config.datasets if given.startswith(_PATHS))
+
+
 def folders(config: FetchConfig) -> tuple[str, ...]:
     return (config.hub_home,) if config.hub_home is not None else ()
 
@@ -58,7 +65,7 @@ def check(config: FetchConfig) -> None:
     for given in (*config.datasets, *([config.model] if config.model is not None else [])):
         if fetching.is_url(given):
             fetching.url_of(given)
-        elif given.count("/") != 1 and not given.startswith(("/", ".", "~")):
+        elif given.count("/") != 1 and not given.startswith(_PATHS):
             raise UsageError(
                 f"fetch: '{given}' is neither a name on the hub, nor a URL, nor a path",
                 hint="organisation/name, https://…, or a path that begins with / or ./",
@@ -93,6 +100,7 @@ STAGE = Stage(
     outputs=outputs,
     resources=resources,
     run=run,
+    files=files,
     folders=folders,
     check=check,
     unneeded=unneeded,
