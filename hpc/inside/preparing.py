@@ -12,6 +12,7 @@ from hpc.core.errors import UsageError, VerificationFailed
 from hpc.core.rundir import write_json, write_text
 from hpc.core.stage import Context
 from hpc.inside import contamination, duplicates, families, given, judging, mixture, models, reading, writing
+from hpc.inside.chat import Template
 from hpc.inside.drops import Drops
 from hpc.inside.parallel import Workers, cores
 from hpc.inside.table import ALIVE, DROPPED, HELD_OUT, Table
@@ -161,8 +162,8 @@ class Work:
 
     def write(self) -> None:
         """Both files, with their tokens counted, and what the template would lose."""
-        config, model = self._config, self._ctx.inputs.get("tokenizer", self._config.tokenizer)
-        folder = str(models.local(model, self._ctx.cache)) if model is not None else None
+        config = self._config
+        folder = self._tokenizer()
         form = writing.Form(config.system, config.system_turns, config.template, folder)
         lengths, losses, done = writing.Lengths(), writing.Losses(), 0
         for name, fate in (("train.jsonl", ALIVE), ("eval.jsonl", HELD_OUT)):
@@ -182,6 +183,17 @@ class Work:
             self._figures["template_loses"] = losses.figures(config.template)
         if folder is not None:
             self._figures["tokens"] = lengths.figures(config.token_limit)
+
+    def _tokenizer(self) -> str | None:
+        """The folder of the tokenizer to count with."""
+        config, model = self._config, self._ctx.inputs.get("tokenizer", self._config.tokenizer)
+        if model is None:
+            return None
+        folder = models.local(model, self._ctx.cache)
+        if config.tokenizer is None and config.template == "own" and not Template(folder):
+            print("tokens are not counted: the model that was fetched has no chat template (see prepare.template)")
+            return None
+        return str(folder)
 
     def report(self) -> None:
         """The figures, in report.json and in the manifest."""
