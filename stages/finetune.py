@@ -8,7 +8,7 @@ checkpoint where the scheduler asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,7 +158,7 @@ def check(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig, ctx: Context) -> None:
     """Train, and write the adapter (or model); without an output where the scheduler asked to stop."""
-    from hpc.inside import conversations, models, packing, trainers
+    from hpc.inside import conversations, heldout, models, packing, trainers
 
     models.settle()
     ctx.progress(0, 1, "loading the base model")
@@ -179,6 +179,16 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         ctx.metric(packed_rows=len(rows["train"]))
         batches = packing.Packed(pad, flat=flat)
 
+    def measure(model: Any) -> float:
+        found, _ = heldout.loss(
+            model, rows["eval"], batches, batch_size=config.batch_size, dtype=dtype, stopping=ctx.stopping
+        )
+        return found
+
+    try:
+        before = _before(model, measure, bool(rows["eval"]), config, ctx)
+    except heldout.StopError:
+        return
     trainer = trainers.trainer(
         model=model,
         arguments=trainers.arguments(_arguments(config, dtype, ctx)),
@@ -192,7 +202,15 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     for weight in trainer.model.parameters():
         if weight.requires_grad:  # TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16
             weight.data = weight.data.float()
-    if not _train(trainer, batches, config, ctx):
+    try:
+        if not _train(trainer, batches, ctx):
+            return
+        if rows["eval"]:
+            ctx.progress(1, 1, "measuring the held-out loss after training")
+            # what is sharded only the trainer can run
+            after = measure(trainer.model) if config.sharding == "none" else trainer.evaluate()["eval_loss"]
+            ctx.metric(eval_loss_before=before, eval_loss_after=after)
+    except heldout.StopError:
         return
     ctx.metric(base_model=base, method=config.method, dtype=dtype)
     _save(trainer, tokenizer, config, ctx, base=base, dtype=dtype)
@@ -311,33 +329,37 @@ def _watcher(ctx: Context) -> Any:
     return watching.watcher(ctx, begun)
 
 
-def _train(trainer: Any, batches: Any, config: FinetuneConfig, ctx: Context) -> bool:
-    """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
-    from hpc.inside import models, together, watching
+def _before(
+    model: Any, measure: Callable[[Any], float], rows: bool, config: FinetuneConfig, ctx: Context
+) -> float | None:
+    """
+    The held-out loss before training, measured once. Never by the trainer: what it has measured with, it later trains
+    without adding up the gradients of several ranks.
+    """
+    from hpc.inside import together
 
-    measured = trainer.eval_dataset is not None and config.sharding == "none"
-    before_file = ctx.checkpoints / "before.json"
-    resumed = next(iter(models.checkpoints(ctx.checkpoints)), None)
-    try:
-        if measured and not before_file.exists():
-            ctx.progress(0, 1, "measuring the held-out loss before training")
-            before = trainer.evaluate()["eval_loss"]
-            if together.rank() == 0:
-                write_json(before_file, {"eval_loss": before})
-        if together.any_of(ctx.stopping()):
-            return False
-        batches.tokens = 0
-        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        seconds = result.metrics["train_runtime"]  # of this attempt
-        tokens = batches.tokens * together.world()
-        if trainer.state.global_step < trainer.state.max_steps:
-            return False
-        if trainer.eval_dataset is not None:
-            ctx.progress(1, 1, "measuring the held-out loss after training")
-            ctx.metric(eval_loss_after=trainer.evaluate()["eval_loss"])
-            if measured:
-                ctx.metric(eval_loss_before=(read_json(before_file) or {}).get("eval_loss"))
-    except watching.StopError:
+    if not rows or config.sharding != "none":
+        return None
+    path = ctx.checkpoints / "before.json"
+    known = read_json(path) or {}
+    if together.any_of(not known):
+        ctx.progress(0, 1, "measuring the held-out loss before training")
+        known = {"eval_loss": measure(model)}
+        if together.rank() == 0:
+            write_json(path, known)
+    return float(known["eval_loss"])
+
+
+def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
+    """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
+    from hpc.inside import together, trainers
+
+    resumed = trainers.resumed(ctx.checkpoints)
+    if together.any_of(ctx.stopping()):
+        return False
+    batches.tokens = 0
+    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if trainer.state.global_step < trainer.state.max_steps:
         return False
     losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
@@ -345,6 +367,7 @@ def _train(trainer: Any, batches: Any, config: FinetuneConfig, ctx: Context) -> 
     ctx.metric(trainable_parameters=trainable, resumed_from=resumed.name if resumed else None)
     if losses:
         ctx.metric(train_loss=sum(losses) / len(losses))
+    seconds, tokens = result.metrics["train_runtime"], batches.tokens * together.world()  # of this attempt
     ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     return True
 

@@ -54,6 +54,11 @@ class AttemptDir:
         return self.path / "error.json"
 
     @property
+    def remark(self) -> Path:
+        """What the runner says of a stage that completes."""
+        return self.path / "remark.json"
+
+    @property
     def outcome(self) -> Path:
         return self.path / "outcome.json"
 
@@ -77,9 +82,23 @@ class AttemptDir:
         return self.path / "cancelled.json"
 
     @property
+    def stopped(self) -> Path:
+        """Written by the first of several ranks: all have saved, as they were asked to."""
+        return self.path / "stopped"
+
+    def of_node(self, number: int) -> AttemptDir:
+        """What a node of the job writes: the first one here, each other one in a folder of its own."""
+        return AttemptDir(self.path / f"node-{number}") if number else self
+
+    @property
     def scheduler(self) -> Path:
         """submitit's own folder: the batch script, its pickle and its logs."""
         return self.path / "scheduler"
+
+
+def node_number(nodes: int) -> int:
+    """Which node of its job this is, counted from 0."""
+    return int(os.environ.get("SLURM_NODEID", "0")) if nodes > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,9 @@ class Context(Protocol):
     def event(self, phase: str, **values: Any) -> None:
         """Say what phase the work is in, e.g. `ready`; shown by `hpc status`."""
 
+    def remark(self, text: str) -> None:
+        """One sentence that `hpc status` and `hpc logs` show when the stage has completed. The last one counts."""
+
     def stopping(self) -> bool:
         """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""
 

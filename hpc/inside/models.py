@@ -7,11 +7,12 @@ Standard library at module level; the libraries of the train environment are imp
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -211,6 +212,14 @@ def _from_gguf(file: Path, cache: Path) -> Path:
     if made.is_dir():
         return made
     made.parent.mkdir(parents=True, exist_ok=True)
+    (cache / "locks").mkdir(exist_ok=True)
+    with open(cache / "locks" / key, "w") as lock:  # several ranks, or jobs: the second finds it made
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return made if made.is_dir() else _converted(file, made)
+
+
+def _converted(file: Path, made: Path) -> Path:
     part = Path(tempfile.mkdtemp(dir=made.parent, prefix=".part-"))
     try:
         _dequantise(file, part)

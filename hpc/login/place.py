@@ -93,6 +93,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         launch=start,
         staging=_staging(planned, ground),
         image=_in_place(planned, ground),
+        nodes=planned.resources.nodes,
         mem_gb=planned.resources.mem_gb,
         heartbeat_s=site.heartbeat_s,
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
@@ -168,7 +169,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     run, site, cache = ground.run, ground.site, ground.cache
     stage_dir = run.stage(planned.name)
     inner = (
-        "python3", "-m", "hpc.inside.runner", planned.name,
+        "python3", "-m", "hpc.inside.ranks" if _ranks(planned) else "hpc.inside.runner", planned.name,
         str(stage_dir.config), str(stage_dir.attempt(attempt).path),
     )  # fmt: skip
     env = {
@@ -201,6 +202,12 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     )
 
 
+def _ranks(planned: Planned) -> bool:
+    """It is several processes, which torchrun starts."""
+    asked = planned.resources
+    return planned.stage.launcher == "torchrun" and asked.nodes * max(1, asked.gpus_per_node) > 1
+
+
 def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
     """What submitit is told of the job."""
     asked, site = planned.resources, planned.site
@@ -224,7 +231,10 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
             f"export PYTHONPATH={shlex.quote(str(run.code))}",
         ],
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
-        "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
+        "srun_args": [
+            f"--cpus-per-task={asked.cpus_per_task}",
+            *(["--kill-on-bad-exit=1"] if asked.nodes > 1 else []),  # the ranks that are left would wait for ever
+        ],
         # else a job whose input failed would wait for ever
         "additional_parameters": {
             "kill-on-invalid-dep": "yes",

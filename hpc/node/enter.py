@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import memory, outcome, private
+from hpc.node import memory, outcome, peers, private
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -42,6 +42,8 @@ class Job:
     """The image to copy to the node first, which `launch` then starts."""
     image: InPlace | None = None
     """The image that `launch` starts from where it lies."""
+    nodes: int = 1
+    """It is entered on each of them."""
     mem_gb: int
     heartbeat_s: int
     waits: tuple[tuple[str, str], ...] = ()
@@ -58,7 +60,8 @@ class Job:
 def enter(job: Job) -> None:
     """Run the job to its end. Leaves with the payload's exit code, so that the scheduler sees the same end."""
     stage_dir = rundir.StageDir(Path(job.stage_dir))
-    attempt = stage_dir.attempt(job.attempt)
+    attempt = stage_dir.attempt(job.attempt).of_node(rundir.node_number(job.nodes))
+    attempt.path.mkdir(exist_ok=True)
     _keep_earlier_outcome(attempt)
     endpoint.clear(stage_dir)
     watch = _Watch(job, attempt)
@@ -133,7 +136,8 @@ class _Watch:
         if signal.SIGTERM in self.signals and asked is not None:
             # SIGKILL follows in seconds, and then nobody could write this; a better end overwrites it
             cancelled = self._attempt.stop.exists()
-            self.record(replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked)
+            by_us = replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked
+            self.record(peers.failed(self._attempt, self._job.nodes, self.started) or by_us)
 
 
 def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
@@ -180,7 +184,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: t
             watch.child.send_signal(number)
         with _shielded(job, attempt, watch.child.pid), _heartbeat(attempt.heartbeat, job.heartbeat_s):
             code = _wait(watch, job) if job.enforce else watch.child.wait()
-    return outcome.classify(
+    end = outcome.classify(
         code=code,
         launch=job.launch,
         attempt=attempt,
@@ -189,6 +193,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: t
         mem_gb=job.mem_gb,
         disk_full=_disk_full(attempt.path),
     )
+    return peers.first(end, attempt, job.nodes, watch.started)
 
 
 def _shielded(job: Job, attempt: rundir.AttemptDir, pid: int) -> contextlib.AbstractContextManager[None]:
@@ -291,6 +296,7 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+    attempt.remark.unlink(missing_ok=True)
 
 
 def _disk_full(path: Path) -> bool:
