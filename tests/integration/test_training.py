@@ -99,8 +99,7 @@ def test_two_nodes_requeued_go_on_with_the_losses_of_an_uninterrupted_run(traine
     ]
     resumed = int(other["resumed_from"].rpartition("-")[2])
     assert steps[-1]["done"] <= resumed, "no step is lost that was done before the signal"
-    earlier = rundir.read_json(attempt.path / "outcome-0.json") or {}
-    assert (earlier["exit_code"], earlier["resumable"]) == (8, True)
+    assert (rundir.read_json(attempt.path / "outcome-0.json") or {})["resumable"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {
         p.name for p in (stage_of(trained, cut) / "checkpoints").glob("checkpoint-*/*")
     }, "every rank has saved"

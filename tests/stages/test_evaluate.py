@@ -53,6 +53,7 @@ def tuned(tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_better_and_a_worse_model(run_stage: RunStage, tiny_model: Path, tuned: Path, dataset: Path) -> None:
     options = {"answers": 3, "prompts": ("Which brick?",), "max_new_tokens": 12, "batch_size": 3}
@@ -80,6 +81,7 @@ def test_a_better_and_a_worse_model(run_stage: RunStage, tiny_model: Path, tuned
     assert "no base to compare with" in alone.metrics["verdict"]
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_answers_in_a_batch_are_those_given_alone(tuned: Path) -> None:
     from hpc.inside import answering, models
@@ -88,7 +90,9 @@ def test_answers_in_a_batch_are_those_given_alone(tuned: Path) -> None:
     questions = ["brick?", "Is there a beam in this long, long question?", "A?", "roof"]
     prompts = [[{"role": "user", "content": text}] for text in questions]
     together = answering.answers(model, words, prompts, max_new_tokens=10, batch_size=3)
-    assert together == [models.answer(model, words, text, max_new_tokens=10) for text in questions]
+    alone = [answering.answers(model, words, [one], max_new_tokens=10, batch_size=1)[0] for one in prompts]
+    assert together == alone
+    assert len(set(alone)) > 1
 
 
 @pytest.mark.train

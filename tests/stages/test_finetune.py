@@ -65,6 +65,7 @@ def test_check_passes_a_hub_name_and_the_defaults() -> None:
     finetune.check(finetune.FinetuneConfig(base_model="organisation/name"))
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
@@ -85,6 +86,7 @@ def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tin
     assert all({"loss", "learning_rate"} <= set(event) for event in told)
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
     run_stage: RunStage,
@@ -136,6 +138,7 @@ def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Pat
     assert not result.out("adapter").exists()
 
 
+@pytest.mark.generations
 @pytest.mark.train
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_other_methods_train_too(run_stage: RunStage, tiny_model: Path, dataset: Path, method: str) -> None:
@@ -179,6 +182,7 @@ def test_the_answers_alone_are_learnt(tiny_model: Path) -> None:
     assert everything["labels"] == everything["input_ids"] == row["input_ids"]
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_packed_conversations_do_not_see_each_other(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     config = {**SMALL, "packing": True, "batch_size": 2, "max_length": 96, "eval_steps": 4.0, "keep_checkpoints": 1}
