@@ -21,7 +21,7 @@ from pathlib import Path
 
 from measure import HEADINGS, Line, NotMeasured, Skipped
 
-NAMES = ("start", "status", "submit", "staging", "tunnel", "container", "modes", "finetune")
+NAMES = ("start", "status", "submit", "staging", "tunnel", "container", "modes", "finetune", "merge")
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,18 @@ RunStage = Callable[..., Result]
 def run_stage(tmp_path: Path) -> Iterator[RunStage]:
     """One stage through hpc.inside.runner.main: its name, its inputs, the run's `folder`, and its config.
 
-    With several `ranks`: by torchrun, on the CPU.
+    With several `ranks`: by torchrun, on the CPU; asked to stop once it has logged `stop_at` steps.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
 
     def run(
-        name: str, inputs: Mapping[str, object] | None = None, *, folder: str = "run", ranks: int = 1, **config: Any
+        name: str,
+        inputs: Mapping[str, object] | None = None,
+        *,
+        folder: str = "run",
+        ranks: int = 1,
+        stop_at: int = 0,
+        **config: Any,
     ) -> Result:
         stage = stages.load(name)
         made = stage.config(**config)
@@ -83,16 +90,29 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
         if ranks == 1:
             code = runner.main(words)
         else:
-            with open(attempt / "stderr", "a") as log:
-                argv = [sys.executable, "-m", "hpc.inside.ranks", *words]
-                env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-                code = subprocess.run(argv, env=env, stdout=log, stderr=log, timeout=300).returncode
+            code = _torchrun(words, attempt, here / "training" / "log.jsonl", stop_at)
         error = attempt / "error.json"
         return Result(code, here, json.loads(error.read_text()) if error.exists() else {})
 
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _torchrun(words: list[str], attempt: Path, steps: Path, stop_at: int) -> int:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(attempt / "stderr", "a") as log:
+        argv = [sys.executable, "-m", "hpc.inside.ranks", *words]
+        process = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
+    try:
+        while stop_at and process.poll() is None:
+            if steps.exists() and steps.read_text().count("\n") >= stop_at:
+                process.send_signal(signal.SIGUSR2)
+                break
+            time.sleep(0.05)
+        return process.wait(300)
+    finally:
+        process.kill()
 
 
 @pytest.fixture
