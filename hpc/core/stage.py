@@ -47,8 +47,8 @@ class Resources:
         return self.nodes * self.gpus_per_node
 
     @property
-    def ranks(self) -> int:
-        """Processes on all nodes."""
+    def tasks(self) -> int:
+        """Processes that Slurm starts, on all nodes."""
         return self.nodes * self.tasks_per_node
 
 
@@ -64,6 +64,8 @@ class Input:
     kind: Kind
     optional: bool = False
     """The stage can do without: where nothing gives it, `ctx.inputs` does not have it."""
+    original: bool = False
+    """It is what the nearest earlier stage with an input of this name got, not what stages since then made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,9 @@ class Context(Protocol):
 
     def event(self, phase: str, **values: Any) -> None:
         """Say what phase the work is in, e.g. `ready`; shown by `hpc status`."""
+
+    def remark(self, text: str) -> None:
+        """One sentence that `hpc status` and `hpc logs` show when the stage has completed. The last one counts."""
 
     def stopping(self) -> bool:
         """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""

@@ -99,4 +99,4 @@ def of(folder: Path, environment: Mapping[str, str]) -> Meeting:
     if world == 1:
         return Meeting(folder, 0, 1)
     start = f"{environment.get('SLURM_JOB_ID', '0')}-{environment.get('SLURM_RESTART_COUNT', '0')}"
-    return Meeting(folder / f"ranks-{start}", rundir.rank(world), world)
+    return Meeting(folder / f"ranks-{start}", rundir.task_number(world), world)

@@ -103,7 +103,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         listen=_bind(site) if _private(planned) else "",
         ports=planned.stage.ports if _private(planned) else (),
         takes_over=ground.takes_over,
-        ranks=planned.resources.ranks,
+        tasks=planned.resources.tasks,
         signal_delay_s=delay_s,
     )
     return Placed(
@@ -173,7 +173,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     run, site, cache = ground.run, ground.site, ground.cache
     stage_dir = run.stage(planned.name)
     inner = (
-        "python3", "-m", "hpc.inside.runner", planned.name,
+        "python3", "-m", "hpc.inside.ranks" if _ranks(planned) else "hpc.inside.runner", planned.name,
         str(stage_dir.config), str(stage_dir.attempt(attempt).path),
     )  # fmt: skip
     env = {
@@ -211,6 +211,12 @@ def _private(planned: Planned) -> bool:
     return planned.stage.private and planned.resources.nodes == 1
 
 
+def _ranks(planned: Planned) -> bool:
+    """It is several processes, which torchrun starts."""
+    asked = planned.resources
+    return planned.stage.launcher == "torchrun" and asked.nodes * max(1, asked.gpus_per_node) > 1
+
+
 def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
     """What submitit is told of the job."""
     asked, site = planned.resources, planned.site
@@ -236,8 +242,9 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
         "srun_args": [
             f"--cpus-per-task={asked.cpus_per_task}",
-            # where one rank is gone, the others would wait for it for ever
-            *([f"--mpi={site.mpi}", "--kill-on-bad-exit=1"] if asked.ranks > 1 else []),
+            *([f"--mpi={site.mpi}"] if planned.stage.launcher == "mpi" and asked.tasks > 1 else []),
+            # where one task is gone, the others would wait for it for ever
+            *(["--kill-on-bad-exit=1"] if asked.tasks > 1 else []),
         ],
         # else a job whose input failed would wait for ever
         "additional_parameters": {

@@ -260,7 +260,7 @@ def test_several_nodes_are_for_ranks_alone() -> None:
 
 def test_ranks_over_several_nodes_are_a_task_for_each_gpu() -> None:
     made = both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=2).stages[1].resources
-    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, made.ranks, made.gpus) == (2, 8, 8, 16, 16)
+    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, made.tasks, made.gpus) == (2, 8, 8, 16, 16)
     assert made.cpus_per_task * made.tasks_per_node <= 128
 
 

@@ -159,7 +159,7 @@ def test_four_ranks_on_two_nodes_are_built_and_served(project: Project, stub: Pa
     end = project.until(ended("serve"), row["run"], 60)["serve"]
     assert end["state"] == "CANCELLED"
     for number in range(4):
-        log = (folder / "attempt-1" / (f"rank-{number}" if number else "") / "stdout").read_text()
+        log = (folder / "attempt-1" / (f"task-{number}" if number else "") / "stdout").read_text()
         assert ("Triton has ended with exit code 0" in log) is (number == 0)
         assert (f"rank {number} of 4 on" in log) is (number > 0)
     left = project.cluster.run("alice", "ps", "-u", "alice", "-o", "args=").stdout
