@@ -14,6 +14,7 @@ from .project import Project
 
 MODEL = """
 import torch
+torch.set_num_threads(1)  # so small that threads would only wait for each other
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -41,7 +42,7 @@ line = torch.tensor([[*asked, *tokenizer.encode(text).ids, 1]])
 labels = line.clone()
 labels[:, :len(asked)] = -100
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(400):
+for step in range(600):
     loss = model(input_ids=line, labels=labels).loss
     loss.backward()
     optimizer.step()
