@@ -46,7 +46,7 @@ line = torch.tensor([[*asked, *tokenizer.encode(text).ids, 1]])
 labels = line.clone()
 labels[:, :len(asked)] = -100
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(400):
+for step in range(600):
     loss = model(input_ids=line, labels=labels).loss
     loss.backward()
     optimizer.step()
