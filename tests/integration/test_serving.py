@@ -408,10 +408,7 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     tunnel.says("is ready again on")
     assert "another address" not in "".join(tunnel.err)
     old = served.folder / "attempt-1" / "outcome.json"
-    deadline = time.monotonic() + 60
-    while not old.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    until(old.exists, "the old one has ended", 60)
     assert json.loads(old.read_text())["state"] == "COMPLETED"
     assert f"{served.run}/serve" in project.hpc("status").stdout
     (project.folder / "enough-there").touch()
@@ -421,7 +418,7 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     # and now it stops, and starts again
     project.hpc("cancel", served.run)
     assert end_of(served)["state"] == "CANCELLED"
-    assert not (served.folder / "token").exists()
+    until(lambda: not (served.folder / "token").exists(), "its token is gone", 30)
     assert project.hpc("submit", "serve", "--wait", timeout=120).returncode == 0
     (project.folder / "enough").touch()
     ends = said(process)
