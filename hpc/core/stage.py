@@ -43,11 +43,6 @@ class Resources:
         """GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
 
-    @property
-    def ranks(self) -> int:
-        """Processes on all nodes."""
-        return self.nodes * self.tasks_per_node
-
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
