@@ -93,9 +93,7 @@ class Meeting:
 
 def of(folder: Path, environment: Mapping[str, str]) -> Meeting:
     """That of this process, by the variables that srun sets for each task; alone where there are none."""
-    document = rundir.read_json(rundir.StageDir(folder).config) or {}
-    asked = document.get("resources", {})
-    world = int(asked.get("nodes", 1)) * int(asked.get("tasks_per_node", 1))
+    world = int((rundir.read_json(rundir.StageDir(folder).config) or {}).get("ranks", 1))
     if world == 1:
         return Meeting(folder, 0, 1)
     start = f"{environment.get('SLURM_JOB_ID', '0')}-{environment.get('SLURM_RESTART_COUNT', '0')}"

@@ -80,9 +80,7 @@ class RunContext:
 def main(argv: list[str]) -> int:
     name, config_path, attempt_path = argv
     stage_dir = rundir.StageDir(Path(config_path).parent)
-    attempt = rundir.AttemptDir(Path(attempt_path))
-    if together.world() == 1:
-        attempt = attempt.of_task(meeting.of(stage_dir.path, os.environ).rank)
+    attempt = rundir.AttemptDir(Path(attempt_path)).of_task(meeting.of(stage_dir.path, os.environ).rank)
     try:
         code = run(load(name), stage_dir, attempt)
     except HpcError as error:
@@ -115,9 +113,7 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
     context.listen()
     together.check()
     stage.run(configs.decode(stage.config, document["config"]), context)
-    several = together.world() > 1
-    if together.rank() or (not several and meeting.of(stage_dir.path, os.environ).rank):
-        # the first one makes the outputs, and says how it went
+    if together.rank() or meeting.of(stage_dir.path, os.environ).rank:  # the first one makes the outputs, and tells
         return 0
     missing = [name for name, path in context.outputs.items() if not path.exists()]
     if (missing or stage.service) and context.stopping():

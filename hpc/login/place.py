@@ -84,6 +84,8 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
     if planned.stage.service:
         document["bind"] = _bind(site)
     reads = [*planned.reads, *(i["path"] for i in inputs.values() if i["path"].startswith("/"))]
+    if ranks_of(planned) > 1:
+        document["ranks"] = ranks_of(planned)
     start = _launch(planned, ground, attempt, reads)
     limit_s = planned.resources.time_min * 60
     delay_s = min(site.signal_delay_s, limit_s // 4)
@@ -206,6 +208,12 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     )
 
 
+def ranks_of(planned: Planned) -> int:
+    """How many tasks Slurm starts of it, as ranks of MPI."""
+    asked = planned.resources
+    return asked.nodes * asked.tasks_per_node if planned.stage.launcher == "mpi" else 1
+
+
 def _private(planned: Planned) -> bool:
     """Whether it has an empty network. The ranks of several nodes must reach each other."""
     return planned.stage.private and planned.resources.nodes == 1
@@ -242,7 +250,7 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
         "srun_args": [
             f"--cpus-per-task={asked.cpus_per_task}",
-            *([f"--mpi={site.mpi}"] if planned.stage.launcher == "mpi" and asked.tasks > 1 else []),
+            *([f"--mpi={site.mpi}"] if ranks_of(planned) > 1 else []),
             # where one task is gone, the others would wait for it for ever
             *(["--kill-on-bad-exit=1"] if asked.tasks > 1 else []),
         ],

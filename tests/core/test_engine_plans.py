@@ -17,7 +17,7 @@ from hpc.core.plan import Plan, Wish
 from hpc.core.rundir import RunDir
 from hpc.core.site import Site
 from hpc.core.stage import Resources, Stage
-from hpc.login.place import batch_parameters
+from hpc.login.place import batch_parameters, ranks_of
 
 from .fakes import FakeFacts, make, partition, wish
 from .test_shape import LLAMA_7B, LLAMA_70B
@@ -259,8 +259,9 @@ def test_several_nodes_are_for_ranks_alone() -> None:
 
 
 def test_ranks_over_several_nodes_are_a_task_for_each_gpu() -> None:
-    made = both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=2).stages[1].resources
-    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, made.tasks, made.gpus) == (2, 8, 8, 16, 16)
+    planned = both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=2).stages[1]
+    made = planned.resources
+    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, ranks_of(planned), made.gpus) == (2, 8, 8, 16, 16)
     assert made.cpus_per_task * made.tasks_per_node <= 128
 
 

@@ -18,10 +18,10 @@ def ranks(folder: Path, world: int = 3) -> list[Meeting]:
 
 
 def test_each_task_knows_its_rank_and_each_start_has_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"resources": {"nodes": 2, "tasks_per_node": 4}}))
+    (tmp_path / "config.json").write_text(json.dumps({"ranks": 8}))
     found = meeting.of(tmp_path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
     assert (found.world, found.folder) == (8, tmp_path / "ranks-7-1")
-    (tmp_path / "config.json").write_text(json.dumps({"resources": {"nodes": 1}}))
+    (tmp_path / "config.json").write_text(json.dumps({"resources": {"nodes": 2}}))
     assert meeting.of(tmp_path, {"SLURM_JOB_ID": "7"}).world == 1
 
 

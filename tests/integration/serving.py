@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # two wait for each other where the machine is busy
 special = {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
 letters = {c: i + len(special) for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 tokenizer = Tokenizer(models.BPE(vocab={**special, **letters}, merges=[]))

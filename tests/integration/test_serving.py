@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +74,52 @@ def shared(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pat
 
 @pytest.fixture(scope="module")
 def lasting(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Project]:
-    """alice's, of two minutes, with a successor after one. It is submitted early, and looked at late."""
+    """alice's, of three minutes, with a successor after one. It is submitted early, and looked at late."""
     folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
     shutil.chown(folder, "alice", "alice")
     for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
-        settings = ("serve.successors=1", "serve.handover_min=1", "serve.resources.time_min=2")
+        settings = ("serve.successors=1", "serve.handover_min=2", "serve.resources.time_min=3")
         project.hpc("submit", "serve", *(word for setting in settings for word in ("--set", setting)))
         yield project
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass
+class Neighbour:
+    """bob's service, on alice's engine, of two minutes; he asks it now and then until it ends."""
+
+    cluster: Cluster
+    folder: Path
+    asking: subprocess.Popen[str] | None = None
+
+    def load(self, *words: str, pause: str = "0") -> subprocess.Popen[str]:
+        program = self.folder.parents[2] / "load.py"
+        where = json.loads((self.folder / "endpoint.json").read_text())
+        argv = ("/usr/bin/python3", str(program), f"http://{where['host']}:{where['ports']['http']}")
+        pipe = subprocess.PIPE
+        token = str(self.folder / "token")
+        return self.cluster.popen("bob", *argv, token, *words, env={"PAUSE": pause}, stdout=pipe, stderr=pipe)
+
+    def ask_until_it_ends(self) -> None:
+        if self.asking is None:
+            until((self.folder / "endpoint.json").exists, "bob's is ready", 100)
+            self.asking = self.load("100000", "3", "60", pause="0.3")
+
+
 @pytest.fixture(scope="module")
-def neighbour(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Path]:
-    """The run folder of bob's service, on alice's engine, of one minute."""
+def neighbour(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Neighbour]:
     folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/bob"))
-    (made,) = project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine, minutes=1)
+    (made,) = project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine, minutes=2)
+    made.write("load.py", (Path(__file__).parents[1] / "support" / "load.py").read_text())
     for path in (folder, *folder.rglob("*")):
         shutil.chown(path, "bob", "bob")
     hpc = str(hpc_install / "bin" / "hpc")
     cluster.run("bob", hpc, "submit", "serve", cwd=made.folder)
-    yield folder / "runs" / "serve-1" / "serve"
+    one = Neighbour(cluster, folder / "runs" / "serve-1" / "serve")
+    yield one
     cluster.run("bob", hpc, "cancel", "serve-1", cwd=folder, check=False)
+    if one.asking is not None:
+        one.asking.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -158,22 +184,17 @@ def nothing_left(one: Served, names: set[str]) -> None:
     assert not names & {path.name for path in Path("/dev/shm").iterdir()}
 
 
-def test_two_users_serve_and_ask_at_once(shared: Served, neighbour: Path, lasting: Project) -> None:
-    until((neighbour / "endpoint.json").exists, "bob's is ready", 60)
-    where = json.loads((neighbour / "endpoint.json").read_text())
-    theirs = f"http://{where['host']}:{where['ports']['http']}"
-    token = (neighbour / "token").read_text()
-    program = neighbour.parents[2] / "load.py"
-    shutil.copy(Path(__file__).parents[1] / "support" / "load.py", program)
-    shutil.chown(program, "bob", "bob")
-    pipe = subprocess.PIPE
-    words = ("/usr/bin/python3", str(program), theirs, str(neighbour / "token"), "100", "8", "16")
-    both = [load(shared, 100, 8, 16), shared.project.cluster.popen("bob", *words, stdout=pipe, stderr=pipe)]
+def test_two_users_serve_and_ask_at_once(shared: Served, neighbour: Neighbour, lasting: Project) -> None:
+    until((neighbour.folder / "endpoint.json").exists, "bob's is ready", 100)
+    where = json.loads((neighbour.folder / "endpoint.json").read_text())
+    theirs, token = f"http://{where['host']}:{where['ports']['http']}", (neighbour.folder / "token").read_text()
+    both = [load(shared, 100, 8, 16), neighbour.load("100", "8", "16")]
     assert [said(process)["ends"] for process in both] == [{"whole": 100}] * 2
     assert shared.ask("/v1/models", user="bob", url=theirs, token=token)[0] == 200
     assert shared.ask("/v1/models", url=theirs)[0] == 401
     assert shared.ask("/v1/models", user="bob", token=token)[0] == 401
     assert (where["host"], *where["ports"].values()) != (shared.node, *shared.ports.values())
+    neighbour.ask_until_it_ends()  # for the last but one test of this file
 
 
 def until(found: Callable[[], Any], what: str, timeout: float) -> Any:
@@ -455,7 +476,9 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     assert "nv_inference_request_success" in metrics[1]
     told = str(project.folder / "enough")
     process = load(served, 1000, 32, 16, where=str(served.folder / "endpoint.json"), until=told)
-    far = load(served, 1, 2, 16, where=url.partition("?")[0], until=told + "-there", node="laptop")
+    port = int(url.partition("localhost:")[2].partition("/")[0])
+    there = project.write("there.json", json.dumps({"host": "127.0.0.1", "ports": {"http": port}}))
+    far = load(served, 1, 2, 16, where=str(there), until=told + "-there", node="laptop")
     assert process.stdout.readline() == far.stdout.readline() == "begun\n"
     first = project.states(served.run)["serve"]["job_id"]
     done = project.hpc("submit", "serve", "--replace", "--wait", timeout=120)
@@ -466,20 +489,17 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     tunnel.says("is ready again on")
     assert "another address" not in "".join(tunnel.err)
     old = served.folder / "attempt-1" / "outcome.json"
-    deadline = time.monotonic() + 60
-    while not old.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+    until(old.exists, "the old one has ended", 60)
     assert json.loads(old.read_text())["state"] == "COMPLETED"
     assert f"{served.run}/serve" in project.hpc("status").stdout
     (project.folder / "enough-there").touch()
     ends = said(far)
-    assert (set(ends["ends"]), ends["ends"]["whole"] > 20) == ({"whole"}, True), ends  # refused would be there too
+    assert (set(ends["ends"]), ends["ends"]["whole"] > 20) == ({"whole"}, True), ends
     tunnel.ends(signal.SIGINT)
     # and now it stops, and starts again
     project.hpc("cancel", served.run)
     assert end_of(served)["state"] == "CANCELLED"
-    assert not (served.folder / "token").exists()
+    until(lambda: not (served.folder / "token").exists(), "its token is gone", 30)
     assert project.hpc("submit", "serve", "--wait", timeout=120).returncode == 0
     (project.folder / "enough").touch()
     ends = said(process)
@@ -703,25 +723,18 @@ def test_a_person_chats_in_the_browser(shared: Served, browser: Path) -> None:
     assert (found["turns"], found["errors"]) == (0, [])
 
 
-def test_the_time_limit_lets_running_requests_finish(neighbour: Path, shared: Served) -> None:
-    attempt = AttemptDir(neighbour / "attempt-1")
-
-    def over(phase: str) -> bool:
-        return attempt.outcome.exists() or any(e["phase"] == phase for e in rundir.last_events(attempt.events, 1 << 20))
-
-    until(lambda: over("ending"), "bob's is warned", 120)
-    where = json.loads((neighbour / "endpoint.json").read_text())
-    url = f"http://{where['host']}:{where['ports']['http']}"
-    program, token = str(neighbour.parents[2] / "load.py"), str(neighbour / "token")
-    words = ("/usr/bin/python3", program, url, token, "100000", "4", "50")
-    pipe = subprocess.PIPE
-    ends = said(shared.project.cluster.popen("bob", *words, stdout=pipe, stderr=pipe))["ends"]
-    assert set(ends) <= {"whole", "refused"}, ends
+def test_the_time_limit_lets_running_requests_finish(neighbour: Neighbour) -> None:
+    neighbour.ask_until_it_ends()
+    assert neighbour.asking is not None
+    attempt = AttemptDir(neighbour.folder / "attempt-1")
+    until(attempt.outcome.exists, "bob's has ended", 240)
+    ends = said(neighbour.asking)["ends"]
+    assert set(ends) == {"whole", "refused"}, ends
     assert ends["whole"] > 4
-    until(attempt.outcome.exists, "bob's has ended", 60)
     outcome = json.loads(attempt.outcome.read_text())
     assert outcome["state"] == "TIMEOUT", outcome
     assert "Triton has ended with exit code 0" in attempt.stdout.read_text()
+    assert [e["phase"] for e in rundir.last_events(attempt.events, 1 << 20)].count("ending") == 1
 
 
 def test_a_successor_takes_over_before_the_time_limit(lasting: Project) -> None:
