@@ -37,7 +37,7 @@ def work(config: Any, ctx: Context) -> Iterator[Work]:
     try:
         with (
             models.written_whole(ctx.outputs["dataset"]) as part,
-            Drops(part / "dropped.jsonl", [source.path.name for source in sources]) as drops,
+            Drops(part / "dropped.jsonl", given.names(sources)) as drops,
             Workers(min(cores(), 1 + size // _FOR_EACH), _modules(config)) as workers,
         ):
             yield Work(config, ctx, sources, scratch, part, drops, workers)
@@ -210,8 +210,8 @@ class Work:
             "unanswered_turns_cut": seen.unanswered,
             **self._figures,
         }
-        files = [source.path.name for source in self._sources]
-        write_json(self._part / "report.json", {"schema": "hpc.dataset/1", "files": files, **figures})
+        head = {"schema": "hpc.dataset/1", "files": self._drops.files}
+        write_json(self._part / "report.json", {**head, **figures})
         self._ctx.metric(**figures)
         self._ctx.progress(1, 1, f"{figures['train']} rows to train on, {figures['eval']} held out")
 

@@ -68,6 +68,12 @@ def test_what_is_not_the_file_is_refused_and_thrown_away(hub: Hub, tmp_path: Pat
     assert not (tmp_path / "big.part").exists()
 
 
+def test_an_empty_file_is_a_file(hub: Hub, tmp_path: Path) -> None:
+    hub.files["empty"] = b""
+    assert transfer.download(remote(hub, "empty", size=0), tmp_path / "empty")
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
 def test_the_token_goes_to_that_server_alone(hub: Hub, tmp_path: Path) -> None:
     transfer.download(remote(hub, "moved/big"), tmp_path / "big")
     first, second = (headers for _, headers in hub.asked)
