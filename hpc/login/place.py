@@ -101,6 +101,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         enforce=site.scheduler == "local",
         listen=_bind(site) if planned.stage.private else "",
         signal_delay_s=delay_s,
+        requeue=site.requeue if site.scheduler == "slurm" else 0,
     )
     return Placed(
         planned=planned,

@@ -87,10 +87,8 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
         }
         (here / "config.json").write_text(json.dumps(document))
         words = [name, str(here / "config.json"), str(attempt)]
-        if ranks == 1:
-            code = runner.main(words)
-        else:
-            code = _torchrun(words, attempt, here / "training" / "log.jsonl", stop_at)
+        log = here / "training" / "log.jsonl"
+        code = runner.main(words) if ranks == 1 else _torchrun(words, attempt, log, stop_at)
         error = attempt / "error.json"
         return Result(code, here, json.loads(error.read_text()) if error.exists() else {})
 
