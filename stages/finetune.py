@@ -161,6 +161,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     from hpc.inside import conversations, heldout, models, packing, recipe, trainers
 
     models.settle()
+    trainers.need(config.report_to)
     ctx.progress(0, 1, "loading the base model")
     base = ctx.inputs["base_model"]
     dtype = models.compute_dtype(config.dtype)

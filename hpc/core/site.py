@@ -65,6 +65,8 @@ class Site:
     """The host's Python on the compute nodes; None: the one that runs `hpc`."""
     signal_delay_s: int = 90
     """Seconds between the warning signal and the time limit: long enough to save a checkpoint."""
+    requeue: int = 0
+    """How often a job that has saved its work at the time limit is queued again by itself."""
     heartbeat_s: int = 30
     """Seconds between two heartbeats of a running job."""
 

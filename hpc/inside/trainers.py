@@ -30,6 +30,16 @@ def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
     return made(**values)
 
 
+def need(trackers: Sequence[str]) -> None:
+    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise HpcError(
+                f'finetune.report_to = ["{name}"] needs {name}, which is not in this image',
+                hint="take it out (training/ has the curves all the same), or add it in an image that stands on train",
+            )
+
+
 def spread(sharding: str, *, gradient_checkpointing: bool, gpu: bool) -> dict[str, Any]:
     """The arguments that say how several ranks share the work."""
     if sharding in ("zero2", "zero3"):

@@ -107,6 +107,7 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         takes_over=ground.takes_over,
         tasks=planned.resources.tasks,
         signal_delay_s=delay_s,
+        requeue=site.requeue if site.scheduler == "slurm" else 0,
     )
     return Placed(
         planned=planned,

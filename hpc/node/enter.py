@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import memory, outcome, peers, private, succession
+from hpc.node import again, memory, outcome, peers, private, succession
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -51,6 +51,8 @@ class Job:
     enforce: bool = False
     """True where no scheduler enforces the limit, so that this process must."""
     signal_delay_s: int = 90
+    requeue: int = 0
+    """How often it is queued again where it has saved its work at the time limit."""
     listen: str = ""
     """The address of the sockets that are opened for the payload, which has an empty network."""
     ports: tuple[str, ...] = ()
@@ -90,6 +92,9 @@ def enter(job: Job) -> None:
         endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
+    if not task and again.wanted(result, job.requeue) and (why := again.requeue()):
+        with contextlib.suppress(OSError), open(attempt.stderr, "a") as stderr:
+            stderr.write(f"warning: the job could not be queued again: {why}\n")
     if result.state != "COMPLETED":
         sys.exit(result.exit_code or 1)
 

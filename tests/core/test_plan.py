@@ -13,7 +13,7 @@ from hpc.core.errors import HpcError, Refused, UsageError
 from hpc.core.limits import fit
 from hpc.core.plan import Plan, Wish, plan, producer
 from hpc.core.site import Site
-from hpc.core.stage import Resources
+from hpc.core.stage import Input, Resources
 from tests.core.fakes import FakeFacts, chain, make, partition, wish
 
 SLURM = Site(name="dgx", scheduler="slurm", partition="batch", gres="gpu:a100")
@@ -195,6 +195,26 @@ def test_gpus_that_one_process_cannot_use_are_refused() -> None:
     error = refusal([wish(make("finetune"), resources={"gpus_per_node": 2})], "finetune")
     assert isinstance(error, Refused)
     assert "is one process" in error.message
+
+
+def test_a_stage_of_several_processes_can_use_gpus_on_several_nodes() -> None:
+    ranks = replace(make("finetune"), launcher="torchrun")
+    wide = wish(ranks, resources={"nodes": 2, "gpus_per_node": 8})
+    assert planned([wide], ["finetune"]).stages[0].resources.gpus == 16
+    assert "this machine alone" in refusal([wide], "finetune", LOCAL).message
+
+
+def test_an_original_input_is_what_the_stage_before_got_and_not_what_it_made() -> None:
+    tuned = make("tune", consumes={"model": "hf_model"}, produces="hf_model")
+    judge = make("judge", consumes={"dataset": "hf_model", "model": "hf_model"})
+    judge = replace(judge, consumes={**judge.consumes, "model": Input(kind="hf_model", optional=True, original=True)})
+    names = {"dataset": ("tune", "hf_model"), "model": (None, "/project/base")}
+    given = planned([wish(tuned, model="base"), wish(judge)], ["judge"], files={"base": "x"})
+    assert {s.name: (s.stage, s.value) for s in given.stages[-1].sources} == names
+    fetched = planned([wish(make("fetch", produces="hf_model")), wish(tuned), wish(judge)], ["judge"])
+    assert {s.name: s.stage for s in fetched.stages[-1].sources} == {"dataset": "tune", "model": "fetch"}
+    own = planned([wish(tuned, model="base"), wish(judge, model="other")], ["judge"], files={"base": "x", "other": "y"})
+    assert {s.name: s.value for s in own.stages[-1].sources}["model"] == "/project/other"
 
 
 def test_several_nodes_on_this_machine_are_refused() -> None:

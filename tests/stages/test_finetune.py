@@ -230,6 +230,10 @@ def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, dataset
     assert "there is no" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "dtype": "float16"})
     assert "float16 needs a GPU" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "report_to": ("wandb",)})
+    assert "needs wandb, which is not in this image" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "sharding": "zero2"})
+    assert "needs deepspeed" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 8})
     assert result.code == UsageError.exit_code
     assert "no row of the data set has an answer within 8 tokens" in result.error["cause"]
