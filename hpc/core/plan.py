@@ -10,10 +10,11 @@ from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
 from hpc.core import gpus, shape
-from hpc.core.errors import Refused, UsageError
+from hpc.core.errors import UsageError
+from hpc.core.feeding import Source, closure, model_behind, source
 from hpc.core.limits import Limits, fit, partition_of
 from hpc.core.site import Site
-from hpc.core.stage import Around, Kind, Resources, Stage
+from hpc.core.stage import Around, Resources, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +29,6 @@ class Environment:
     """How an image's file looked before its digest was found."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """What the image's lock says is inside; for the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one input of a stage comes from."""
-
-    name: str
-    kind: Kind
-    stage: str | None
-    """The stage of this plan that produces it, or None: it is there already."""
-    value: str
-    """The output's name there, or the absolute path, or the model's name on the hub."""
-    key: str
-    """Key of the producing stage, or the content's hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +137,7 @@ def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts
     for name in wanted:
         why = by_name[name].stage.unneeded(by_name[name].config)
         notes += [f"{name}: nothing to do, {why}"] if why else []
-    needed = {n for n in _closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
+    needed = {n for n in closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
     for name in order:
         if name in needed:
             one, remark = _one(by_name[name], planned, order, by_name, site, facts, limits)
@@ -178,7 +165,7 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
     nodes = partition.nodes if partition else ()
     types = {kind for node in nodes for kind in node.gpus if kind}
     kind = site.gres.partition(":")[2]
-    model = _model_behind(wish.stage.name, list(wishes), wishes)
+    model = model_behind(wish.stage.name, list(wishes), wishes)
     path = facts.path(model) if model is not None else None
     config = facts.document(path) if path is not None else None
     return Around(
@@ -188,49 +175,6 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
         card=gpus.of_site(site.gpu, site.gres, types) if site.gpus != "none" else None,
         node_gpus=max((node.gpus.get(kind, 0) if kind else node.gpu_total for node in nodes), default=0) or None,
     )
-
-
-def _model_behind(name: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
-    """What the settings give as the model from which, at the end, the stage's own hf_model comes."""
-    stage = wishes[name].stage
-    for given, wanted in stage.consumes.items():
-        if wanted.kind != "hf_model":
-            continue
-        text = getattr(wishes[name].config, given, None)
-        if text is not None:
-            return str(text)
-        found = producer(wanted.kind, name, order, wishes)
-        return (
-            _model_behind(found[0], order, wishes) if found else _given_before(given, "hf_model", name, order, wishes)
-        )
-    return None
-
-
-def producer(kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> tuple[str, str] | None:
-    """(stage, output name) of the nearest stage ahead of `before` that produces the kind."""
-    for name in reversed(order[: order.index(before)]):
-        for output, artifact in wishes[name].stage.outputs(wishes[name].config).items():
-            if artifact.kind == kind:
-                return name, output
-    return None
-
-
-def _closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[str]) -> set[str]:
-    needed: set[str] = set()
-    waiting = list(wanted)
-    while waiting:
-        name = waiting.pop()
-        if name in needed:
-            continue
-        needed.add(name)
-        wish = wishes[name]
-        for given, wanted_input in wish.stage.consumes.items():
-            asker = asker_of(given, name, order, wishes)
-            if getattr(wishes[asker].config, given, None) is None:
-                found = producer(wanted_input.kind, asker, order, wishes)
-                if found:
-                    waiting.append(found[0])
-    return needed
 
 
 def _one(
@@ -243,8 +187,9 @@ def _one(
     limits: Limits | None,
 ) -> tuple[Planned, list[str]]:
     stage = wish.stage
-    found = (_source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
-    sources = tuple(source for source in found if source is not None)
+    found = (source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
+    sources = tuple(one for one in found if one is not None)
+
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
     folders = {text: facts.place(text) for text in stage.folders(wish.config)}
@@ -291,88 +236,6 @@ def of_stage(site: Site, sbatch: Mapping[str, str | int | bool]) -> Site:
     own: dict[str, Any] = {k: str(v) for k, v in sbatch.items() if k in {"partition", "account", "qos"}}
     rest = {k: v for k, v in sbatch.items() if k not in own}
     return dataclasses.replace(site, sbatch={**site.sbatch, **rest}, **own)
-
-
-def _source(
-    wish: Wish,
-    name: str,
-    planned: Mapping[str, Planned],
-    order: Sequence[str],
-    wishes: Mapping[str, Wish],
-    facts: Facts,
-) -> Source | None:
-    """Where the input comes from; None for one that may be missing and is."""
-    stage, kind = wish.stage, wish.stage.consumes[name].kind
-    asker = asker_of(name, stage.name, order, wishes)
-    found = producer(kind, asker, order, wishes)
-    given = getattr(wishes[asker].config, name, None)
-    if given is None and found is None:
-        given = _given_before(name, kind, asker, order, wishes)
-    if given is not None:
-        path = facts.path(given)
-        if path is None and kind == "hf_model" and (is_hub_name(given) or given.startswith(("http://", "https://"))):
-            return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
-        if kind == "endpoint":
-            return Source(name=name, kind=kind, stage=None, value=path or given, key=_served(given, path, stage, facts))
-        if path is None:
-            raise UsageError(
-                f"{stage.name}.{name}: there is no '{given}'",
-                hint="give a folder or file that exists"
-                + (", or a model's name on the hub (organisation/name)" if kind == "hf_model" else ""),
-            )
-        return Source(name=name, kind=kind, stage=None, value=path, key=facts.digest(path))
-    if found is None and stage.consumes[name].optional:
-        return None
-    if found is None:
-        raise Refused(
-            f"{stage.name} needs a {kind} as '{name}', and no stage before it in the pipeline makes one",
-            hint=f"set {stage.name}.{name}, or put the stage that makes it into pipeline.stages",
-        )
-    return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
-
-
-def _served(given: str, path: str | None, stage: Stage, facts: Facts) -> str:
-    """The key of an endpoint: what the serving stage serves, wherever it runs; of another service its address."""
-    if given.startswith(("http://", "https://")):
-        return f"address:{given}"
-    key = (facts.document(path) or {}).get("key") if path is not None else None
-    if key is None:
-        raise UsageError(
-            f"{stage.name}.endpoint: '{given}' is not the folder of a serving stage",
-            hint="give runs/RUN/serve, of a run that `hpc status` shows, or http://…/v1",
-        )
-    return f"served:{key}"
-
-
-def asker_of(name: str, stage: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str:
-    """The stage whose input of that name it is: for an original one an earlier stage that has it too."""
-    own = wishes[stage]
-    if own.stage.consumes[name].original and getattr(own.config, name, None) is None:
-        for earlier in reversed(order[: order.index(stage)]):
-            wanted = wishes[earlier].stage.consumes.get(name)
-            if wanted is not None and wanted.kind == own.stage.consumes[name].kind:
-                return earlier
-    return stage
-
-
-def _given_before(name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
-    """What an earlier stage was given as its input of the same name: merge takes finetune's base_model."""
-    for earlier in reversed(order[: order.index(before)]):
-        wanted = wishes[earlier].stage.consumes.get(name)
-        value = getattr(wishes[earlier].config, name, None)
-        if wanted is not None and wanted.kind == kind and value is not None:
-            return str(value)
-    return None
-
-
-def is_hub_name(text: str) -> bool:
-    """True for organisation/name.
-
-    >>> is_hub_name("meta-llama/Llama-2-7b-chat-hf"), is_hub_name("./models/x"), is_hub_name("models/x.gguf")
-    (True, False, False)
-    """
-    head, slash, tail = text.partition("/")
-    return bool(slash and head and tail) and "/" not in tail and head[0] not in "./~" and not tail.endswith(".gguf")
 
 
 def _existing(text: str, stage: str, facts: Facts) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.core.plan import Environment, Plan, Planned, Source
+from hpc.core.feeding import Source
+from hpc.core.plan import Environment, Plan, Planned
 from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
 from hpc.node import launch

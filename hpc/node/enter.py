@@ -84,7 +84,8 @@ def enter(job: Job) -> None:
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    keep = _may_return(result) or bool(stage_dir.successors())
+    followed = bool(stage_dir.successors())
+    keep = _may_return(result) or followed
     if not task:
         endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
@@ -92,7 +93,7 @@ def enter(job: Job) -> None:
         endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
-    if not task and again.wanted(result, job.requeue) and (why := again.requeue()):
+    if not (task or followed) and again.wanted(result, job.requeue) and (why := again.requeue()):
         with contextlib.suppress(OSError), open(attempt.stderr, "a") as stderr:
             stderr.write(f"warning: the job could not be queued again: {why}\n")
     if result.state != "COMPLETED":

@@ -10,8 +10,9 @@ import pytest
 
 from hpc.core import stage as stages
 from hpc.core.errors import HpcError, Refused, UsageError
+from hpc.core.feeding import producer
 from hpc.core.limits import fit
-from hpc.core.plan import Plan, Wish, plan, producer
+from hpc.core.plan import Plan, Wish, plan
 from hpc.core.site import Site
 from hpc.core.stage import Input, Resources
 from tests.core.fakes import FakeFacts, chain, make, partition, wish
