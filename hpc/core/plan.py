@@ -189,7 +189,6 @@ def _one(
     stage = wish.stage
     found = (source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
     sources = tuple(one for one in found if one is not None)
-
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
     folders = {text: facts.place(text) for text in stage.folders(wish.config)}
