@@ -31,7 +31,8 @@ class Drops:
 
     def where(self, file: int, number: int) -> str:
         """
-        >>> Drops(Path("/dev/null"), ["a.jsonl"]).where(0, 7)
+        >>> with Drops(Path("/dev/null"), ["a.jsonl"]) as drops:
+        ...     drops.where(0, 7)
         'a.jsonl line 7'
         """
         return f"{self.files[file]} {self.units[file]} {number}"
