@@ -154,6 +154,7 @@ def test_stages_never_import_each_other(path: Path) -> None:
         ("msgspec", {"hpc/login/settings.py"}),
         ("stages", {"hpc/core/stage.py"}),
         ("spython", {"hpc/node/images.py"}),
+        ("tritonclient", {"hpc/login/overgrpc.py", "hpc/inside/rpc.py"}),
     ],
 )
 def test_library_is_known_to_its_home_alone(library: str, homes: set[str]) -> None:

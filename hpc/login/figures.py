@@ -10,13 +10,8 @@ from hpc.core.errors import UsageError
 from hpc.login.stream import Sample
 
 PERCENTS = (50, 90, 95, 99)
-METRICS = {
-    "ttft": "time to first token",
-    "itl": "between two tokens",
-    "e2e": "whole answer",
-    "gap": "longest pause",
-}
-"""Each in milliseconds, of one request. itl: (last token - first) / (tokens - 1)."""
+METRICS = ("ttft", "itl", "e2e", "gap")
+"""Milliseconds of one request: to its first token, between two tokens, to its last token, its longest pause."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -33,10 +33,6 @@ class Level:
     def name(self) -> str:
         return f"c={self.concurrency}" if self.concurrency else f"{self.rate:g}/s"
 
-    @property
-    def x(self) -> float:
-        return self.concurrency or self.rate or 0
-
 
 def requests_of(door: Doorway, questions: Sequence[Question]) -> list[bytes]:
     """Each question as the bytes that are sent."""
