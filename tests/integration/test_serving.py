@@ -430,7 +430,7 @@ def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
     while (now := figures())["done"] != before["done"] + 1000:
         assert time.monotonic() < deadline, now
         time.sleep(0.5)
-    assert (now["running"], now["tokens"] - before["tokens"]) == (0, 16_000)
+    assert (now["running"], now["left"], now["tokens"] - before["tokens"]) == (0, 0, 16_000)
     assert f"{now['done']} done" in shared.project.hpc("status", shared.run).stdout
     for url in (shared.url, f"http://{shared.node}:{shared.ports['metrics']}"):
         code, text = shared.ask("/metrics", url=url)
