@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 LAST = 1
-PROMPTS = [[5 + (7 * n + k) % 200 for k in range(length)] for n, length in enumerate((3, 70, 9, 30, 150, 12, 41, 5, 99))]
+PROMPTS = [
+    [5 + (7 * n + k) % 200 for k in range(length)] for n, length in enumerate((3, 70, 9, 30, 150, 12, 41, 5, 99))
+]
 
 
 class Tensor:
@@ -164,7 +166,6 @@ def main(code: str, folder: str) -> None:
     seen["waited"] = small.ask(*(Request(PROMPTS[3], 30, min_tokens=30) for _ in range(5)))
     seen["room_for"] = max(count for kind, count in small.log if kind == "step")
     seen["too_much"] = small.ask(Request(PROMPTS[3], 90), Request([5], 5, lora_name=b"third"), Request([9999], 5))
-
 
     def broken(running: Any) -> None:
         raise MemoryError("the loop itself fails")
