@@ -89,7 +89,7 @@ def _prepare(python: Path, folder: Path, name: str, config: Mapping[str, Any], r
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
-        time.sleep(0.05)
+        time.sleep(0.25)
     if process.returncode:
         raise SystemExit(f"prepare: exit {process.returncode}")
     return {"ms": (time.perf_counter() - begin) * 1000, "mb": peak, "out": out}

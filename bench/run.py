@@ -21,7 +21,10 @@ from pathlib import Path
 
 from measure import HEADINGS, Line, NotMeasured, Skipped
 
-NAMES = ("start", "status", "submit", "staging", "tunnel", "container", "modes", "finetune", "serving")
+NAMES = (
+    "start", "status", "submit", "staging", "tunnel", "client", "container", "modes", "data", "finetune",
+    "merge", "serving",
+)  # fmt: skip
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
@@ -39,7 +42,7 @@ def main() -> int:
     head += f"; load {os.getloadavg()[1]:.1f} at the end"
     if options.json:
         lines = [{"kind": type(line).__name__.lower(), **asdict(line), "met": line.met} for line in found]
-        print(json.dumps({"schema": "hpc.bench/1", "machine": head, "lines": lines}, ensure_ascii=False, indent=1))
+        print(json.dumps({"schema": "hpc.benchmarks/1", "machine": head, "lines": lines}, ensure_ascii=False, indent=1))
     else:
         print(head, "", table(found), sep="\n")
     if not options.names:

@@ -135,7 +135,7 @@ def check(config: AlignConfig) -> None:
 
 def run(config: AlignConfig, ctx: Context) -> None:
     """Train, and write the adapter; without an output where the scheduler asked to stop."""
-    from hpc.inside import bases, models, trainers
+    from hpc.inside import models, recipe, trainers
 
     models.settle()
     ctx.progress(0, 1, "loading the base model")
@@ -145,7 +145,7 @@ def run(config: AlignConfig, ctx: Context) -> None:
     template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
     tokenizer = models.tokenizer(folder, template)
     rows = _rows(tokenizer, config, ctx)
-    model = bases.trainable(folder, dtype, config.method, double_quant=config.double_quant)
+    model = recipe.model(folder, dtype, config)
     before = ctx.inputs.get("adapter")
     if before is not None:
         model = _with_adapter(model, Path(before))
@@ -156,10 +156,10 @@ def run(config: AlignConfig, ctx: Context) -> None:
         rows=rows,
         keep=config.keep_checkpoints,
         processing_class=tokenizer,
-        peft_config=None if before is not None else bases.adapter(config),
+        peft_config=None if before is not None else recipe.adapter(config),
         callbacks=[_watcher(ctx)],
     )
-    bases.trained_in_full(trainer.model)
+    recipe.trained_in_full(trainer.model)
     if _train(trainer, ctx):
         ctx.metric(base_model=base, adapter=before, method=config.method, dtype=dtype)
         _save(trainer, tokenizer, ctx, base=base, method=config.method, dtype=dtype)
@@ -256,7 +256,7 @@ def _watcher(ctx: Context) -> Any:
 
 def _train(trainer: Any, ctx: Context) -> bool:
     """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
-    from hpc.inside import models, together, watching
+    from hpc.inside import heldout, models, together
 
     resumed = next(iter(models.checkpoints(ctx.checkpoints)), None)
     try:
@@ -274,7 +274,7 @@ def _train(trainer: Any, ctx: Context) -> bool:
                 eval_preferred=found["eval_rewards/accuracies"],
                 eval_margin=found["eval_rewards/margins"],
             )
-    except watching.StopError:
+    except heldout.StopError:
         return False
     losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
     ctx.metric(steps=trainer.state.global_step, losses=losses, ranks=together.world(), train_seconds=seconds)

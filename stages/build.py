@@ -9,6 +9,7 @@ llmapi              the server takes the model as it is: there is nothing to bui
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,9 @@ class BuildConfig:
     """GPUs that share every layer (tensor parallel); within one node."""
     pp_size: int = 1
     """Groups of GPUs that have a part of the layers each (pipeline parallel)."""
+    nodes: int = 0
+    """Nodes over which the ranks are divided, one MPI task for each GPU. 0: built on one node, served on as few as have
+    the GPUs."""
     auto: bool = False
     """Choose tp_size and pp_size: the fewest GPUs that the model fits on."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -105,13 +109,18 @@ def size(config: BuildConfig, around: Around) -> tuple[Resources, tuple[str, ...
     notes = engines.judged("build", config, around)
     if "tensorrt-llm" in around.versions:
         trtllm.release(around.versions["tensorrt-llm"])
-    workers = min(config.tp_size * config.pp_size, around.node_gpus or 8)
+    nodes = max(1, config.nodes)
+    workers = min(math.ceil(config.tp_size * config.pp_size / nodes), around.node_gpus or 8)
+    if nodes > 1:
+        notes = (*notes, f"build: {nodes} nodes with {workers} ranks of MPI each")
+        asked = replace(asked, nodes=nodes, tasks_per_node=workers)
     if shape is None:
         return replace(asked, gpus_per_node=workers), notes
     # measured with 7 B in float16: an engine of 12.9 GB took 29 GB of host memory at its peak
     rank_gib = shape.parameters * 2 / GIB / (config.tp_size * config.pp_size)
     memory = math.ceil(2.4 * rank_gib * workers) + 8
-    return replace(asked, gpus_per_node=workers, mem_gb=memory, cpus_per_task=max(8, 2 * workers)), notes
+    cpus = 4 if nodes > 1 else max(8, 2 * workers)
+    return replace(asked, gpus_per_node=workers, mem_gb=memory, cpus_per_task=cpus), notes
 
 
 def refuse_for_cpu(config: BuildConfig) -> None:
@@ -135,6 +144,8 @@ def refuse_for_cpu(config: BuildConfig) -> None:
 
 def check(config: BuildConfig) -> None:
     """UsageError for figures that can't be, HpcError for a model that can't be read."""
+    if config.nodes < 0:
+        raise UsageError("build.nodes must be 0 or more")
     for name in ("tp_size", "pp_size", "max_batch_size", "max_num_tokens", "max_beam_width"):
         if getattr(config, name) < 1:
             raise UsageError(f"build.{name} must be 1 or more")
@@ -168,8 +179,11 @@ def check(config: BuildConfig) -> None:
 def run(config: BuildConfig, ctx: Context) -> None:
     """Build the engine, whole or not at all, and its passport."""
     from hpc.inside import engines as builders
-    from hpc.inside import models
+    from hpc.inside import meeting, models, rankbuild
 
+    ranks = meeting.of(ctx.folder, os.environ)
+    if not ranks.first:
+        return rankbuild.build(ctx, ranks)
     with models.written_whole(ctx.outputs["engine"]) as part:
         if config.engine == "onnxruntime_genai":
             builders.onnx(config, ctx, part)
@@ -192,7 +206,7 @@ STAGE = Stage(
     run=run,
     check=check,
     files=files,
-    launcher="workers",
+    launcher="mpi",
     settle=engines.settle,
     size=size,
     unneeded=unneeded,

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 from hpc.core.errors import UsageError
 from hpc.core.stage import Artifact, Context, Input, Resources, Stage
+from hpc.inside import families
+
+_PATHS = ("/", ".", "~")
+"""So begins a path; a name on the hub does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class FetchConfig:
     """Patterns of the files to take of data sets on the hub; empty: every file that prepare can read."""
     pickles: tuple[str, ...] = ()
     """Names of weight files that are pickles, and are trusted: they are read as tensors alone, and converted."""
+    family: families.Family = "own"
+    """Chat template to put beside a model that has none, as Meta's own files have not: llama-2, llama-3, …"""
     hub_home: str | None = None
     """Folder of the hub's own files, with the `token` of `hf auth login`; None: HF_TOKEN, or HF_HOME."""
 
@@ -38,6 +44,10 @@ def resources(config: FetchConfig) -> Resources:
 def outputs(config: FetchConfig) -> dict[str, Artifact]:
     made = {"model": Artifact(kind="hf_model", path="model")} if config.model is not None else {}
     return {**made, "data": Artifact(kind="records", path="data")} if config.datasets else made
+
+
+def files(config: FetchConfig) -> tuple[str, ...]:
+    return tuple(given for given in config.datasets if given.startswith(_PATHS))
 
 
 def folders(config: FetchConfig) -> tuple[str, ...]:
@@ -55,7 +65,7 @@ def check(config: FetchConfig) -> None:
     for given in (*config.datasets, *([config.model] if config.model is not None else [])):
         if fetching.is_url(given):
             fetching.url_of(given)
-        elif given.count("/") != 1 and not given.startswith(("/", ".", "~")):
+        elif given.count("/") != 1 and not given.startswith(_PATHS):
             raise UsageError(
                 f"fetch: '{given}' is neither a name on the hub, nor a URL, nor a path",
                 hint="organisation/name, https://…, or a path that begins with / or ./",
@@ -67,7 +77,7 @@ def run(config: FetchConfig, ctx: Context) -> None:
     from hpc.inside import fetching, models
 
     models.settle()
-    fetcher = fetching.Fetcher(ctx, config.hub_home, config.pickles)
+    fetcher = fetching.Fetcher(ctx, config.hub_home, config.pickles, config.family)
     try:
         if config.datasets:
             with models.written_whole(ctx.outputs["data"]) as part:
@@ -90,6 +100,7 @@ STAGE = Stage(
     outputs=outputs,
     resources=resources,
     run=run,
+    files=files,
     folders=folders,
     check=check,
     unneeded=unneeded,

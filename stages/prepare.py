@@ -9,6 +9,7 @@ cores, in memory that does not grow with the data.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -146,7 +147,7 @@ def _look(path: Path, config: PrepareConfig) -> None:
         return
     row = None
     good = 0
-    for row in records.read(path, config.format, _CHECKED_BYTES):  # reads on after the first good one
+    for row in islice(records.read(path, config.format, _CHECKED_BYTES), config.max_samples):  # on after a good one
         good += bool(row.messages)
     if row is None:
         raise UsageError(f"{path} holds no record", hint="check the path, and that the download was complete")

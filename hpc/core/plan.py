@@ -131,7 +131,7 @@ class Wish:
 
     stage: Stage
     config: Any
-    overrides: Mapping[str, int]
+    overrides: Mapping[str, Any]
     """Single values of Resources, from `resources = {…}` or the command line."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
     """sbatch options of this stage alone, e.g. a partition without GPUs; over those of the site."""
@@ -225,8 +225,9 @@ def _closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[
         needed.add(name)
         wish = wishes[name]
         for given, wanted_input in wish.stage.consumes.items():
-            if getattr(wish.config, given, None) is None:
-                found = producer(wanted_input.kind, name, order, wishes)
+            asker = asker_of(given, name, order, wishes)
+            if getattr(wishes[asker].config, given, None) is None:
+                found = producer(wanted_input.kind, asker, order, wishes)
                 if found:
                     waiting.append(found[0])
     return needed
@@ -302,10 +303,11 @@ def _source(
 ) -> Source | None:
     """Where the input comes from; None for one that may be missing and is."""
     stage, kind = wish.stage, wish.stage.consumes[name].kind
-    found = producer(kind, stage.name, order, wishes)
-    given = getattr(wish.config, name, None)
+    asker = asker_of(name, stage.name, order, wishes)
+    found = producer(kind, asker, order, wishes)
+    given = getattr(wishes[asker].config, name, None)
     if given is None and found is None:
-        given = _given_before(name, kind, stage.name, order, wishes)
+        given = _given_before(name, kind, asker, order, wishes)
     if given is not None:
         path = facts.path(given)
         if path is None and kind == "hf_model" and (is_hub_name(given) or given.startswith(("http://", "https://"))):
@@ -340,6 +342,17 @@ def _served(given: str, path: str | None, stage: Stage, facts: Facts) -> str:
             hint="give runs/RUN/serve, of a run that `hpc status` shows, or http://…/v1",
         )
     return f"served:{key}"
+
+
+def asker_of(name: str, stage: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str:
+    """The stage whose input of that name it is: for an original one an earlier stage that has it too."""
+    own = wishes[stage]
+    if own.stage.consumes[name].original and getattr(own.config, name, None) is None:
+        for earlier in reversed(order[: order.index(stage)]):
+            wanted = wishes[earlier].stage.consumes.get(name)
+            if wanted is not None and wanted.kind == own.stage.consumes[name].kind:
+                return earlier
+    return stage
 
 
 def _given_before(name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:

@@ -24,6 +24,8 @@ class Site:
     """The gres name, with its type where the site has one: gpu, gpu:a100, gpu:1g.10gb."""
     gpu: str | None = None
     """The card, where `gres` does not tell it: a100-40, h100, l40s, …; for estimates of memory."""
+    mpi: str = "pmix"
+    """How srun starts the ranks of a job on several nodes (srun --mpi=list): it must fit the image's MPI."""
     mem: bool = True
     """Ask for memory (--mem). Some sites give whole nodes and refuse it."""
     images: str | None = None

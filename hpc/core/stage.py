@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
 Kind = Literal[
     "records", "dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report",
 ]  # fmt: skip
-Launcher = Literal["python", "workers", "torchrun"]
+Launcher = Literal["python", "workers", "torchrun", "mpi"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
-torchrun: a process for each GPU, on any number of nodes."""
+torchrun: a process for each GPU, on any number of nodes; mpi: as workers on one node, and on several a task of Slurm
+for each GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int = 0
     cpus_per_task: int = 4
+    tasks_per_node: int = 1
+    """Processes that Slurm starts on each node, as ranks of MPI where there are several."""
+    exclusive: bool = False
+    """Whole nodes, for this job alone."""
     mem_gb: int = 16
     """Host memory per node, GiB."""
     time_min: int = 60
@@ -40,6 +45,11 @@ class Resources:
     def gpus(self) -> int:
         """GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def tasks(self) -> int:
+        """Processes that Slurm starts, on all nodes."""
+        return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ class Input:
     kind: Kind
     optional: bool = False
     """The stage can do without: where nothing gives it, `ctx.inputs` does not have it."""
+    original: bool = False
+    """It is what the nearest earlier stage with an input of this name got, not what stages since then made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +119,9 @@ class Context(Protocol):
 
     def event(self, phase: str, **values: Any) -> None:
         """Say what phase the work is in, e.g. `ready`; shown by `hpc status`."""
+
+    def remark(self, text: str) -> None:
+        """One sentence that `hpc status` and `hpc logs` show when the stage has completed. The last one counts."""
 
     def stopping(self) -> bool:
         """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""

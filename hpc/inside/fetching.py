@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, UsageError, VerificationFailed
+from hpc.core.rundir import write_text
 from hpc.core.stage import Context
-from hpc.inside import hub, meta, models, sources, transfer, weights
+from hpc.inside import families, hub, meta, models, sources, transfer, weights
+from hpc.inside.chat import Template
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 DATA_FILES = tuple(f"*{suffix}" for suffix in sources.SUFFIXES)
@@ -54,6 +56,7 @@ class Fetcher:
     ctx: Context
     hub_home: str | None
     pickles: tuple[str, ...]
+    family: families.Family = "own"
 
     @property
     def store(self) -> Path:
@@ -68,6 +71,8 @@ class Fetcher:
                 source = self._model_of_path(Path(given), part)
             else:
                 source = self._model_of_hub(given, part)
+            if self.family != "own" and not Template(part):
+                write_text(part / "chat_template.jinja", families.text(self.family))
             return {**source, "bytes": weights.check(part)}
 
     def dataset(self, given: str, patterns: Sequence[str], target: Path) -> dict[str, Any]:

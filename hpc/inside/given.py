@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,3 +49,10 @@ def files(name: str, fetched: str | None) -> list[Path]:
         there = ", ".join(str(path.relative_to(folder)) for path in readable.files(folder)[:5])
         raise UsageError(f"nothing that was fetched matches '{pattern}'", hint=f"there is: {there}")
     return list(dict.fromkeys(matching))
+
+
+def names(sources: Sequence[Source]) -> list[str]:
+    """The files' names, with their folders' where two have the same."""
+    plain = [source.path.name for source in sources]
+    twice = {name for name in plain if plain.count(name) > 1}
+    return [f"{s.path.parent.name}/{s.path.name}" if s.path.name in twice else s.path.name for s in sources]

@@ -16,7 +16,7 @@ from hpc.inside.sources import Piece
 
 SAMPLE = 100
 """So many rows are asked of both language detectors; each piece offers its share of candidates."""
-_OFFERED = 16
+_OFFERED = 50
 
 
 @dataclass(frozen=True, kw_only=True)

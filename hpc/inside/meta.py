@@ -190,7 +190,7 @@ def _tokenizer(folder: Path, target: Path, config: dict[str, Any]) -> None:
     from transformers import LlamaTokenizer
 
     try:
-        LlamaTokenizer.from_pretrained(model.parent).save_pretrained(target)
+        LlamaTokenizer.from_pretrained(model.parent, add_bos_token=True).save_pretrained(target)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise VerificationFailed(f"{model} is not a tokenizer of LLaMA: {said}", hint="fetch it again") from error

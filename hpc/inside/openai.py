@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.inside.chat import Template
@@ -40,12 +40,8 @@ class Served:
     cumulative: bool = False
     """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
     streams: bool = True
-    adapters: Sequence[str] = ()
-    """LoRA adapters of the engine: a request that names one as its model is answered by it."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.adapters)
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Names that a request may give for the model's -> what Triton's model is told then: LoRA adapters."""
 
 
 def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
@@ -63,8 +59,6 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
         "stream": served.streams,
     }
-    if body.get("model") in served.adapters:
-        words["lora_name"] = body["model"]
     if special is not None and not served.cumulative:
         words["add_special_tokens"] = special
     if temperature == 0:
@@ -77,6 +71,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     stops = _stops(body.get("stop"))
     if stops:
         words["stop_words"] = stops
+    words.update(served.adapters.get(str(body.get("model")), {}))
     for name in ("repetition_penalty", "min_tokens"):
         if body.get(name) is not None:
             words[name] = body[name]
@@ -148,22 +143,19 @@ class Api:
         from aiohttp import web
 
         served = self._served
-        entries = [
-            {
-                "id": name, "object": "model", "created": self._began, "owned_by": "hpc",
-                "max_tokens": served.max_tokens, "chat": bool(self._template),
-                **({} if name == served.name else {"parent": served.name}),
-            }
-            for name in served.names
-        ]  # fmt: skip
+        common = {
+            "object": "model", "created": self._began, "owned_by": "hpc",
+            "max_tokens": served.max_tokens, "chat": bool(self._template),
+        }  # fmt: skip
+        entries = {served.name: {"id": served.name, **common}}
+        entries |= {name: {"id": name, **common, "parent": served.name} for name in served.adapters}
         asked = request.match_info.get("name")
         if asked is None:
-            return web.json_response({"object": "list", "data": entries})
-        found = [entry for entry in entries if entry["id"] == asked]
-        return web.json_response(found[0]) if found else self._unknown(asked)
+            return web.json_response({"object": "list", "data": list(entries.values())})
+        return web.json_response(entries[asked]) if asked in entries else self._unknown(asked)
 
     def _unknown(self, name: object) -> Response:
-        known = " or ".join(map(repr, self._served.names))
+        known = " or ".join(map(repr, (self._served.name, *self._served.adapters)))
         return error(404, f"there is no model {name!r} here: it is {known}", "not_found", "model")
 
     async def _chat(self, request: Request) -> Response:
@@ -187,12 +179,12 @@ class Api:
             body = json.loads(await request.read())
             if not isinstance(body, dict):
                 raise Invalid("the body must be a JSON object")
-            if body.get("model") not in (None, *self._served.names):
+            if body.get("model") not in (None, self._served.name, *self._served.adapters):
                 return self._unknown(body["model"])
             words = make(body)
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
-        form = _Form(body.get("model") or self._served.name, chat=chat)
+        form = _Form(str(body.get("model") or self._served.name), chat=chat)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)

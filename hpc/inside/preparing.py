@@ -12,6 +12,7 @@ from hpc.core.errors import UsageError, VerificationFailed
 from hpc.core.rundir import write_json, write_text
 from hpc.core.stage import Context
 from hpc.inside import contamination, duplicates, families, given, judging, mixture, models, reading, writing
+from hpc.inside.chat import Template
 from hpc.inside.drops import Drops
 from hpc.inside.parallel import Workers, cores
 from hpc.inside.table import ALIVE, DROPPED, HELD_OUT, Table
@@ -36,7 +37,7 @@ def work(config: Any, ctx: Context) -> Iterator[Work]:
     try:
         with (
             models.written_whole(ctx.outputs["dataset"]) as part,
-            Drops(part / "dropped.jsonl", [source.path.name for source in sources]) as drops,
+            Drops(part / "dropped.jsonl", given.names(sources)) as drops,
             Workers(min(cores(), 1 + size // _FOR_EACH), _modules(config)) as workers,
         ):
             yield Work(config, ctx, sources, scratch, part, drops, workers)
@@ -161,8 +162,8 @@ class Work:
 
     def write(self) -> None:
         """Both files, with their tokens counted, and what the template would lose."""
-        config, model = self._config, self._ctx.inputs.get("tokenizer", self._config.tokenizer)
-        folder = str(models.local(model, self._ctx.cache)) if model is not None else None
+        config = self._config
+        folder = self._tokenizer()
         form = writing.Form(config.system, config.system_turns, config.template, folder)
         lengths, losses, done = writing.Lengths(), writing.Losses(), 0
         for name, fate in (("train.jsonl", ALIVE), ("eval.jsonl", HELD_OUT)):
@@ -183,6 +184,17 @@ class Work:
         if folder is not None:
             self._figures["tokens"] = lengths.figures(config.token_limit)
 
+    def _tokenizer(self) -> str | None:
+        """The folder of the tokenizer to count with."""
+        config, model = self._config, self._ctx.inputs.get("tokenizer", self._config.tokenizer)
+        if model is None:
+            return None
+        folder = models.local(model, self._ctx.cache)
+        if config.tokenizer is None and config.template == "own" and not Template(folder):
+            print("tokens are not counted: the model that was fetched has no chat template (see prepare.template)")
+            return None
+        return str(folder)
+
     def report(self) -> None:
         """The figures, in report.json and in the manifest."""
         seen, table = self._reader.seen, self._table
@@ -198,8 +210,8 @@ class Work:
             "unanswered_turns_cut": seen.unanswered,
             **self._figures,
         }
-        files = [source.path.name for source in self._sources]
-        write_json(self._part / "report.json", {"schema": "hpc.dataset/1", "files": files, **figures})
+        head = {"schema": "hpc.dataset/1", "files": self._drops.files}
+        write_json(self._part / "report.json", {**head, **figures})
         self._ctx.metric(**figures)
         self._ctx.progress(1, 1, f"{figures['train']} rows to train on, {figures['eval']} held out")
 

@@ -26,6 +26,7 @@ from hpc.core.rundir import StageDir
 from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
+from hpc.inside.meeting import Meeting
 from hpc.inside.openai import Api, Served
 from hpc.inside.triton import Triton
 
@@ -60,6 +61,11 @@ class Settings:
     drain_s: float
     end_s: float
     world: int = 1
+    """Ranks on this node, which mpirun starts."""
+    meeting: str = ""
+    """The folder of the ranks that Slurm has started as tasks, of which this is the first."""
+    wrapped: bool = False
+    """They are those of TensorRT-LLM's LLM API."""
 
 
 def main(path: str) -> int:
@@ -84,8 +90,14 @@ async def _serve(settings: Settings) -> int:
     inner = {name: _free_port() for name in triton.PORTS}
     at = {name: f"127.0.0.1:{port}" for name, port in inner.items()}
     program, env = triton.program(Path(settings.own))
-    argv = triton.argv(Path(settings.repository), inner, settings.shm, world=settings.world, program=program)
+    repository = Path(settings.repository)
+    if settings.meeting:
+        argv = triton.of_rank(repository, inner, settings.shm, 0, wrapped=settings.wrapped, program=program)
+    else:
+        argv = triton.argv(repository, inner, settings.shm, world=settings.world, program=program)
     server = Triton(argv, env, Path(settings.own) / "pid")
+    if settings.meeting:
+        server.others = Meeting(Path(settings.meeting), 0, settings.world)
     door = Door(token, f"http://{at['http']}", f"http://{at['metrics']}", settings.stop_model)
     app = door.app()
     served = Served(**settings.served)
@@ -140,7 +152,9 @@ async def _stay(server: Triton, asked: asyncio.Event, over: Callable[[], bool]) 
 
 
 def _look(server: Triton) -> None:
-    """HpcError where the server, or the process of one of its models, is gone."""
+    """HpcError where the server, another of its ranks, or the process of one of its models, is gone."""
+    if server.others is not None:
+        server.others.look()
     code = server.ended()
     if code is not None:
         raise _failed(server, f"Triton ended by itself, with exit code {code}")

@@ -1,4 +1,4 @@
-"""TRL's trainers as the stages use them: either generation of the libraries, and no checkpoint that is half written."""
+"""TRL's trainers as the stages use them: either generation of the libraries, and whole checkpoints alone."""
 
 from __future__ import annotations
 
@@ -102,6 +102,13 @@ def trainer(
             hint="the image's accelerate does not see them: `hpc logs` has its warnings",
         )
     return made
+
+
+def resumed(folder: Path) -> Path | None:
+    """The checkpoint to go on from, as the first rank sees it: a file server may show it late to another node."""
+    found = models.checkpoints(folder) if together.rank() == 0 else []
+    step = int(together.summed([float(models.step_of(found[0])) if found else 0.0])[0])
+    return folder / f"checkpoint-{step}" if step else None
 
 
 def _publish(folder: Path, step: int, keep: int) -> None:

@@ -12,12 +12,14 @@ import hashlib
 import http.client
 import json
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from hpc.core.errors import VerificationFailed
@@ -130,7 +132,7 @@ def verify(path: Path, expected: Expected, name: str, touch: Callable[[], None] 
 def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], touch: Callable[[], None]) -> bool:
     """Fetch what is missing of the part; whether it is whole."""
     have = _size(part)
-    if remote.expected.size is not None and have == remote.expected.size:
+    if have and have == remote.expected.size:
         return True
     tag = _read(_tag(part))
     if have and not tag and remote.expected.size is None:
@@ -143,7 +145,7 @@ def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], to
         if tag and not tag.startswith("W/"):
             request.add_header("If-Range", tag)
     try:
-        answer = urllib.request.urlopen(request, timeout=60)
+        answer = urllib.request.urlopen(request, timeout=60, context=_trusted())
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
@@ -208,6 +210,17 @@ def _break_stale(lock: Path) -> None:
             aside = probe.with_suffix(".stale")
             os.rename(lock, aside)  # of several that wait, one succeeds
             aside.unlink()
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The machine's certificates, and certifi's: an image may have none of its own."""
+    context = ssl.create_default_context()
+    with suppress(ImportError):
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context
 
 
 def _tag(part: Path) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 _ALONE = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -47,7 +48,7 @@ def ngrams(texts: Sequence[Sequence[str]], n: int) -> tuple[Any, Any]:
 
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     total = int(lengths.sum())
-    flat = np.fromiter((_HASHES[word] for text in texts for word in text), dtype=np.uint64, count=total)
+    flat = np.fromiter(map(_HASHES.__getitem__, chain.from_iterable(texts)), dtype=np.uint64, count=total)
     counts = np.where(lengths == 0, 0, np.maximum(lengths - n + 1, 1))
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])

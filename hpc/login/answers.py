@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hpc.core.errors import HpcError
 from hpc.login import question as words
-from hpc.login.asking import Connection
+from hpc.login.connection import Connection
 from hpc.login.doorway import Doorway
 from hpc.login.question import Piece, Question, Target, TritonPieces
 from hpc.login.sse import Events

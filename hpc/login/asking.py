@@ -12,6 +12,7 @@ from hpc.core.endpoint import Endpoint
 from hpc.core.errors import HpcError
 from hpc.core.site import Site
 from hpc.login import forward
+from hpc.login.connection import Connection
 from hpc.login.forward import Line
 
 _ANSWER_S = 3.0
@@ -68,17 +69,6 @@ def through_step(line: Line, path: str, token: str) -> Answer:
 def _refusal(answer: bytes) -> str:
     first = answer.split(b"\r\n", 1)[0].decode("ascii", "replace")
     return f"answers {first} to its own token" if first else "refuses the connection: nothing listens there"
-
-
-class Connection(http.client.HTTPConnection):
-    """HTTP over a socket that somebody else opens."""
-
-    def __init__(self, open_: Callable[[], socket.socket], host: str = "localhost") -> None:
-        super().__init__(host)
-        self._open = open_
-
-    def connect(self) -> None:
-        self.sock = self._open()
 
 
 def _get(open_: Callable[[], socket.socket], path: str, token: str) -> Answer:

@@ -81,7 +81,8 @@ def _of_elsewhere(arguments: Sequence[str]) -> bool:
         from hpc.login import via
 
         via.end_with_the_caller()
-    return bool(os.environ.get("HPC_VIA")) or any(word.partition("=")[0] == "--via" for word in arguments)
+    named = any(word.partition("=")[0] == "--via" for word in arguments)
+    return named or bool(os.environ.get("HPC_VIA") and not talk.by_address(arguments))
 
 
 def _own(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -279,6 +280,7 @@ def _what(verb: argparse.ArgumentParser, nargs: str | None) -> None:
         "--from", metavar="STAGE", dest="first", help="only from this stage on: earlier ones must be done"
     )
     verb.add_argument("--until", metavar="STAGE", dest="last", help="only up to this stage")
+    verb.add_argument("--auto", action="store_true", help="build.auto: divide the engine among the fewest GPUs")
     verb.add_argument("-p", "--partition", metavar="NAME")
     verb.add_argument("-A", "--account", metavar="NAME")
     verb.add_argument("-q", "--qos", metavar="NAME")

@@ -10,16 +10,19 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hpc.core.errors import NotReady, UsageError
-from hpc.login import forward, opened, ready
-from hpc.login.tunnel import Way
+from hpc.login import opened
+
+if TYPE_CHECKING:
+    from hpc.login.tunnel import Way
 
 _CONNECT_S = 10.0
 _SILENT_S = 900.0
 """So long may nothing come of an answer: a long queue before the model."""
-_HERE = ("localhost", "127.0.0.1", "::1")
+_HERE = ("127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class Doorway:
 
 def of_service(way: Way, *, wait: bool) -> Doorway:
     """The door of a run's service. NotReady, with the phase it is in, where it does not answer (yet)."""
+    from hpc.login import forward, ready
+
     with ready.line(sys.stderr) as say:
         endpoint, token = ready.until_ready(way.service, way.ask, say, wait=wait)
     if way.reach(endpoint) == "direct":
@@ -94,7 +99,9 @@ def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
         raise UsageError(
             "--url holds a token, which others may see in the list of processes", hint="leave it out: --token-file FILE"
         )
-    noted = opened.known(port) if parts.hostname in _HERE else {}
+    # by number: a tunnel listens there, and on a machine with other users ::1 may be one of theirs
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    noted = opened.known(port) if host in _HERE else {}
     token = _token(token_file) if token_file else env.get("HPC_TOKEN") or str(noted.get("token", ""))
     if not token:
         raise UsageError(
@@ -102,8 +109,8 @@ def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
         )
     grpc_port = noted.get("ports", {}).get("grpc", port)
     return Doorway(
-        what=f"{parts.scheme}://{parts.hostname}:{port}", address=(parts.hostname, port), token=token,
-        grpc=f"{parts.hostname}:{grpc_port}", tls=parts.scheme == "https",
+        what=f"{parts.scheme}://{parts.hostname}:{port}", address=(host, port), token=token,
+        grpc=f"{host}:{grpc_port}", tls=parts.scheme == "https",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What needs the internet, on the login node, where the site's compute nodes have none: before the rest is submitted."""
+"""What needs the internet, on the login node, where the site's nodes have none: before the rest is submitted."""
 
 from __future__ import annotations
 

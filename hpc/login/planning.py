@@ -11,7 +11,7 @@ from typing import IO, Any
 from hpc.core import plan as plans
 from hpc.core import stage as stages
 from hpc.core.errors import Refused, UsageError, did_you_mean
-from hpc.login import batch, slurm, view
+from hpc.login import batch, slurm, succession, view
 from hpc.login import submit as submitting
 from hpc.login.facts import MachineFacts
 from hpc.login.place import Placed
@@ -96,8 +96,13 @@ class Work:
         work = self.submission
         ids = work.known_ids()
         shown = []
-        for placed in work.todo:
-            dependency = work.dependency(placed, ids)
+        jobs = [(placed, work.dependency(placed, ids)) for placed in work.todo]
+        for name, later in work.successors.items():
+            before = f"@{name}" if any(placed.name == name for placed in work.todo) else None
+            for placed in later:
+                jobs.append((placed, succession.dependency(placed, before)))
+                before = f"@{name}/{placed.attempt}"
+        for placed, dependency in jobs:
             launch = placed.job.launch
             shown.append(
                 {
@@ -187,6 +192,8 @@ def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:
 
 def _flags(options: argparse.Namespace) -> list[Layer]:
     layers = [Layer(f"--set {text}", assignment(text)) for text in options.assignments]
+    if getattr(options, "auto", False):
+        layers.append(Layer("--auto", {"build": {"auto": True}}))
     for name in ("partition", "account", "qos"):
         value = getattr(options, name)
         if value is not None:

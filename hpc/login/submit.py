@@ -318,10 +318,8 @@ def _submit_successors(
 ) -> None:
     """Queue them, each to start before the limit of the one before it; at once where there is none."""
     for placed in later:
-        _, lead_min = placed.planned.stage.succession(placed.planned.config)
-        wait_min = max(0, placed.planned.resources.time_min - lead_min)
-        dependency = f"after:{before}+{wait_min}" if before else None
-        before = _submit_one(work, placed, dependency, scheduler, placed.stage_dir.attempt(placed.attempt).successor)
+        record = placed.stage_dir.attempt(placed.attempt).successor
+        before = _submit_one(work, placed, succession.dependency(placed, before), scheduler, record)
         say(f"{work.run.id}/{placed.name}: job {before} takes over from it")
 
 

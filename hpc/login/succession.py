@@ -68,6 +68,14 @@ def placed(
     return {name: later for name, later in found.items() if later}
 
 
+def dependency(placed: Placed, before: str | None) -> str | None:
+    """Slurm's --dependency: so many minutes after the one before it has started; at once where there is none."""
+    if before is None:
+        return None
+    _, lead_min = placed.planned.stage.succession(placed.planned.config)
+    return f"after:{before}+{max(0, placed.planned.resources.time_min - lead_min)}"
+
+
 def wait(run: RunDir, placed: Placed, say: Callable[[str], None]) -> None:
     """Until this job has taken over. HpcError where it ends before."""
     attempt = placed.stage_dir.attempt(placed.attempt)

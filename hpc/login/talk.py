@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hpc.core.errors import UsageError
@@ -54,6 +55,11 @@ def bench(options: argparse.Namespace) -> int:
     if options.json:
         _print_json("hpc.bench/1", document)
     return code
+
+
+def by_address(arguments: Sequence[str]) -> bool:
+    """Whether these words ask a door by its address, which is one of this very machine where a tunnel is open."""
+    return arguments[:1] in (["query"], ["chat"], ["bench"]) and any(w.partition("=")[0] == "--url" for w in arguments)
 
 
 def _checked(options: argparse.Namespace) -> None:

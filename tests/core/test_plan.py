@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hpc.core import stage as stages
 from hpc.core.errors import HpcError, Refused, UsageError
 from hpc.core.limits import fit
 from hpc.core.plan import Plan, Wish, plan, producer
@@ -313,3 +314,31 @@ def test_an_endpoint_can_be_the_address_of_another_service() -> None:
 def test_an_endpoint_that_is_none_is_refused(files: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="'serve' is not the folder of a serving stage"):
         asked("serve", files=files)
+
+
+# ---- the real stages
+
+
+def _real(**configs: Any) -> list[Wish]:
+    loaded = {name: stages.load(name) for name in ("fetch", "prepare", "finetune", "merge")}
+    return [Wish(stage=s, config=s.config(**configs.get(name, {})), overrides={}) for name, s in loaded.items()]
+
+
+@pytest.mark.parametrize("model", ["org/name", "https://a.org/x.gguf"])
+def test_what_is_fetched_feeds_the_stages_that_follow(model: str) -> None:
+    wishes = _real(fetch={"model": model, "datasets": ("org/faq",)})
+    found = {p.name: p for p in plan(wishes, ["merge"], SLURM, FakeFacts()).stages}
+    assert list(found) == ["fetch", "prepare", "finetune", "merge"]
+    given = {name: {s.name: (s.stage, s.value) for s in p.sources} for name, p in found.items()}
+    assert given["prepare"] == {"records": ("fetch", "data"), "tokenizer": ("fetch", "model")}
+    assert given["finetune"]["base_model"] == given["merge"]["base_model"] == ("fetch", "model")
+    assert given["fetch"] == {"model": (None, model)}
+
+
+def test_a_fetch_of_nothing_is_left_out() -> None:
+    facts = FakeFacts({"rows.jsonl": "x"})
+    wishes = _real(prepare={"data": ("rows.jsonl",)}, finetune={"base_model": "org/base"})
+    wishes[1] = replace(wishes[1], stage=replace(wishes[1].stage, check=None))
+    made = plan(wishes, ["fetch", "prepare", "finetune", "merge"], SLURM, facts)
+    assert [p.name for p in made.stages] == ["prepare", "finetune", "merge"]
+    assert made.notes[0] == "fetch: nothing to do, no fetch.model and no fetch.datasets is named"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,14 @@ def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
     with pytest.raises(Invalid) as refused:
         words(**{field: value})
     assert refused.value.param == ("max_tokens" if field == "max_tokens" else field)
+
+
+def test_an_adapter_is_asked_for_as_a_model() -> None:
+    served = replace(SERVED, adapters={"stars": {"lora_id": 1, "lora_name": "stars", "lora_path": "/l/stars"}})
+    found = openai.words_for({"model": "stars"}, "text", served, special=None)
+    assert (found["lora_id"], found["lora_name"], found["lora_path"]) == (1, "stars", "/l/stars")
+    for model in ("m", None):
+        assert "lora_name" not in openai.words_for({"model": model}, "text", served, special=None)
 
 
 def test_messages() -> None:

@@ -20,11 +20,10 @@ from tests.support.terminal import CONTROLLING, Terminal
 
 from .cluster import Cluster
 from .project import SITE, Project, jobs
-from .serving import QUESTION, TEXT, Served, make_model
+from .serving import PROMPT, QUESTION, TEXT, Served, make_model
 from .test_laptop import Laptop, wish
 
 SAID = re.sub(r"<think>.*</think>\s*", "", TEXT)
-PROMPT = f"<s><|user|>{QUESTION}<|assistant|>"
 GREEDY = ("--temperature", "0")
 
 
@@ -78,7 +77,7 @@ def _served(project: Project, run: str) -> Served:
     """Once it answers, which `--wait` waits for."""
     project.hpc("query", QUESTION, "--run", run, "--wait", "--max-tokens", "1", "--show-thinking", timeout=240)
     document = json.loads((project.folder / "runs" / run / "serve" / "endpoint.json").read_text())
-    return Served(project, run, document["host"], document["ports"]["http"])
+    return Served(project, run, document["host"], document["ports"])
 
 
 # ---- query
@@ -107,9 +106,6 @@ def test_tritons_own_api_says_the_same(two: Two) -> None:
 
 def test_grpc_with_nvidias_client_says_the_same(two: Two) -> None:
     """The image has the client: hpc runs in it, and reaches the service by its address."""
-    ports = json.loads((two.fp32.folder / "endpoint.json").read_text())["ports"]
-    if "grpc" not in ports:
-        pytest.skip("this door has no gRPC")
     (code,) = two.laptop.venv.glob("lib/python*/site-packages")
     inside = ("apptainer", "-s", "exec", "--bind", str(code), "--env", f"PYTHONPATH={code}", str(two.sif), "python3")
 
@@ -123,7 +119,7 @@ def test_grpc_with_nvidias_client_says_the_same(two: Two) -> None:
             "grpc",
             "--raw",
             "--url",
-            f"{two.fp32.node}:{ports['grpc']}",
+            f"{two.fp32.node}:{two.fp32.ports['grpc']}",
         )
         return two.laptop.cluster.run(user, *hpc, *GREEDY, *arguments, cwd=two.laptop.folder, check=False)
 

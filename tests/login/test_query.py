@@ -169,9 +169,19 @@ def test_the_token_of_a_tunnel_that_is_open_here_is_found(stub: Any, monkeypatch
     monkeypatch.delenv("HPC_TOKEN")
     opened.note({"http": one.port, "grpc": one.port + 1}, TOKEN)
     assert query(one, "x") == 0
-    assert doorway.of_url(one.url, None, {}).grpc == f"localhost:{one.port + 1}"
+    assert doorway.of_url(one.url, None, {}).grpc == f"127.0.0.1:{one.port + 1}"
     opened.forget({"http": one.port})
     assert query(one, "x") == 2
+
+
+def test_an_address_is_one_of_this_machine_also_where_a_login_node_is_set(
+    stub: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HPC_VIA", "somewhere")
+    monkeypatch.setenv("HPC_SSH", "false")
+    assert query(stub(Reply(stream(["x"]))), "x") == 0
+    assert capsys.readouterr().out == "x\n"
+    assert cli.main(["query", "x"]) != 0
 
 
 def test_nothing_listens_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

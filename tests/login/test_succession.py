@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hpc.core.plan import Plan, plan
 from hpc.core.rundir import StageDir
 from hpc.login import succession
 from hpc.login.cancel import cancel
+from hpc.login.planning import Work
 from hpc.login.states import StageState, states
 from hpc.login.submit import Submission, prepare, submit
 from hpc.node import succession as on_the_node
@@ -80,6 +82,15 @@ def test_each_starts_before_the_limit_of_the_one_before(serving: Serving) -> Non
     assert [serving.jobs[i]["comment"].split(":")[1] for i in serving.jobs] == [f"serve-1/serve/{n}" for n in (1, 2, 3)]
     assert [p.job.takes_over for p in (*work.placed, *work.successors["serve"])] == [False, True, True]
     assert (serving.row(work).job_id, serving.row(work).state) == ("101", "PENDING")
+
+
+def test_a_dry_run_shows_all_of_them(serving: Serving) -> None:
+    work = prepare(serving.plan(), serving.settings(), "serve", serving.scheduler())
+    shown = Work(settings=serving.settings(), submission=work).dry_run()
+    limit = work.placed[0].planned.resources.time_min - 15
+    told = [re.findall(r"^#SBATCH --dependency=(.*)$", stage["script"], re.M) for stage in shown]
+    assert told == [[], [f"after:@serve+{limit}"], [f"after:@serve/2+{limit}"]]
+    assert serving.submitted == []
 
 
 def test_the_first_that_is_ready_is_the_services_job(serving: Serving) -> None:

@@ -1,7 +1,7 @@
 """A stub of a served model's door: real HTTP on this machine's loopback, speaking its protocol, without a model.
 
 What it says, how it is cut into chunks and how fast it comes is set by the test; each answer can be an error, too.
-As a program: door.py TOKEN_FILE SECONDS_PER_TOKEN TOKENS; prints its port. It serves many streams from one thread.
+As a program: door.py TOKEN_FILE SECONDS_PER_TOKEN TOKENS; prints its port. Each token is the time when it was sent.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Reply:
     """Close the connection after so many events."""
     delay: float = 0.0
     """Seconds before each event."""
+    stamp: bool = False
+    """Put the clock's time, at which it is sent, in the place of @ in each event."""
     close: bool = False
     """Close the connection after the whole answer, without having said so."""
 
@@ -111,13 +114,16 @@ async def _write(writer: asyncio.StreamWriter, reply: Reply) -> bool:
         whole = b"".join(texts)
         texts = [whole[n : n + reply.split] for n in range(0, len(whole), reply.split)]
     begin, loop = asyncio.get_running_loop().time(), asyncio.get_running_loop()
-    for number, text in enumerate(texts, 1):
+    for number, event in enumerate(texts, 1):
+        text = event
         if reply.delay:  # by the clock: a late one does not make the next ones late
             await asyncio.sleep(max(0.0, begin + number * reply.delay - loop.time()))
         elif reply.split:
             await asyncio.sleep(0)
         if writer.is_closing():
             raise ConnectionResetError
+        if reply.stamp:
+            text = text.replace(b"@", b"%.6f" % time.perf_counter())
         writer.write(b"%x\r\n%s\r\n" % (len(text), text))
         await writer.drain()
     if reply.cut_after is not None:
@@ -152,8 +158,8 @@ def opened(reply: Callable[[str, dict[str, Any]], Reply]) -> Iterator[Stub]:
 
 
 async def _program(seconds: float, tokens: int) -> None:
-    events = stream(["word "] * tokens, reason="length")
-    stub = Stub(lambda path, body: Reply(events, delay=seconds))
+    events = stream(["@ "] * tokens, reason="length")
+    stub = Stub(lambda path, body: Reply(events, delay=seconds, stamp=True))
     server = await stub.serve()
     print(stub.port, flush=True)
     async with server:

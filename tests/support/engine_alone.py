@@ -6,6 +6,7 @@ exists in Triton's process alone, is a STUB.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -147,7 +148,7 @@ def main(code: str, folder: str) -> None:
     engine.ask(long)
     read = [n for n, (kind, _) in enumerate(engine.log) if kind == "fill"]
     seen["pieces"] = [engine.log[n][1] for n in read]
-    seen["between"] = [engine.log[a + 1 : b].count(("step", 3)) for a, b in zip(read, read[1:], strict=False)]
+    seen["between"] = [engine.log[a + 1 : b].count(("step", 3)) for a, b in itertools.pairwise(read)]
     running[1].left = True
     until(running[1].done.is_set)
     seen["left"] = [running[1].reason, len(running[1].tokens) < 400]

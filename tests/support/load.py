@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -75,6 +76,7 @@ def main(where: str, token_file: str, requests: str, concurrency: str, tokens: s
     def work() -> None:
         nonlocal count
         while True:
+            time.sleep(float(os.environ.get("PAUSE", "0")))
             with lock:
                 enough = count >= int(requests) and (not until or Path(until).exists())
                 if enough or ends["refused"]:
