@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
-from hpc.core import gpus, shape
+from hpc.core import gpus, paths, shape
 from hpc.core.errors import UsageError
 from hpc.core.feeding import Source, closure, model_behind, source
 from hpc.core.limits import Limits, fit, partition_of
@@ -192,7 +192,7 @@ def _one(
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
     folders = {text: facts.place(text) for text in stage.folders(wish.config)}
-    config = _with_paths(wish.config, absolute, {**files, **folders})
+    config = paths.absolute(wish.config, absolute, {**files, **folders})
     if stage.check is not None:
         stage.check(config)
     around = _around(wish, wishes, site, facts, limits)
@@ -207,7 +207,7 @@ def _one(
     notes += remarks
     key = configs.key_of(
         stage.name,
-        _without_paths(config, absolute, {**files, **folders}),
+        paths.content(config, absolute, {**files, **folders}),
         [[s.name, s.key] for s in sources],
         [facts.digest(files[text]) for text in stage.files(wish.config)],
         environment.digest,
@@ -245,43 +245,3 @@ def _existing(text: str, stage: str, facts: Facts) -> str:
             hint="paths in hpc.toml count from its folder; check the spelling",
         )
     return path
-
-
-def _with_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> Any:
-    """The config with every path that it names made absolute."""
-    changes: dict[str, Any] = dict(absolute)
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        if isinstance(value, str) and value in files:
-            changes[name] = files[value]
-        elif isinstance(value, tuple) and any(_path(v, files) in files for v in value):
-            changes[name] = tuple(_named(v, files) for v in value)
-    return dataclasses.replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
-
-
-def _without_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Any]:
-    """The config as it counts in the key: a path counts by its content, not by where it lies."""
-    gone = {*absolute.values(), *files.values()}
-    return {k: _content(v, gone) for k, v in configs.encode(config).items()}
-
-
-def _content(value: Any, paths: set[str]) -> Any:
-    """The value without its paths; of NAME=PATH the name stays."""
-    if isinstance(value, list) and any(_path(v, paths) in paths for v in value):
-        names = [v.partition("=")[0] for v in value if v not in paths]
-        return names or None
-    return None if isinstance(value, str) and value in paths else value
-
-
-def _path(entry: Any, paths: Container[str]) -> Any:
-    """The path in an entry of a list: all of it, or what follows NAME=.
-
-    >>> _path("a=1.jsonl", {"a=1.jsonl"}), _path("stars=adapters/stars", {"adapters/stars"})
-    ('a=1.jsonl', 'adapters/stars')
-    """
-    return entry if entry in paths else str(entry).partition("=")[2]
-
-
-def _named(entry: str, files: Mapping[str, str]) -> str:
-    path = _path(entry, files)
-    return entry.removesuffix(path) + files[path] if path in files else entry

@@ -80,6 +80,17 @@ def test_paths_in_the_config_become_absolute() -> None:
 # ---- keys
 
 
+def test_a_named_path_is_found_and_its_name_counts() -> None:
+    files = {"a": "one", "x=1": "two", "other/a": "one"}
+    stage = replace(make("prepare"), files=lambda c: tuple(d if d in files else d.partition("=")[2] for d in c.data))
+
+    def made(*data: str) -> Plan:
+        return planned([wish(stage, data=data)], ["prepare"], files=files)
+
+    assert made("n=a", "x=1").stages[0].config.data == ("n=/project/a", "/project/x=1")
+    assert made("n=a").keys == made("n=other/a").keys != made("m=a").keys
+
+
 def test_key_is_the_same_twice() -> None:
     assert keys(FakeFacts()) == keys(FakeFacts())
 
