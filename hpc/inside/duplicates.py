@@ -27,7 +27,7 @@ _BANDS = ((0.85, 16), (0.7, 25), (0.0, 32))
 """From this similarity on: so many bands of a signature. A pair just above is missed once in some thousands."""
 _SLACK = 0.1
 """A signature may say so much less than the similarity is."""
-_PART = 1 << 20
+_PART = 1 << 18
 """So many rows are sorted at once."""
 _PAIRS = 256
 

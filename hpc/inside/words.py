@@ -16,7 +16,8 @@ from typing import Any
 _ALONE = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
 _FACTOR = 0x9E3779B97F4A7C15
-_MOST = 1 << 18
+_MOST = 1 << 16
+"""Words remembered in a process."""
 
 
 def words(text: str) -> list[str]:
