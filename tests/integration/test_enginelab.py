@@ -174,6 +174,7 @@ def answers(said: dict[str, str]) -> None:
     assert 'backend: "python"' in said["config"]
     assert "${" not in said["config"] + said["repository"]
     assert "serve: answers on port" in said["serve"]
+    assert said["serve"].count(" READY") == 5
     assert f"<|user|>{QUESTION}<|assistant|>" in said["ask"]
     assert said["ask"].rstrip().endswith(TEXT)
     assert said["stream"] == TEXT
