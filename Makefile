@@ -23,7 +23,7 @@ test: setup  ## every test; as root those with a real Slurm and Apptainer too
 lint: setup  ## style, types, shell scripts, and whether docs/ is up to date
 	@tools/lint.sh
 
-bench: setup train-env  ## the benchmarks, into docs/benchmarks.md; ARGS names some
+bench: setup train-env serve-env  ## the benchmarks, into docs/benchmarks.md; ARGS names some
 	@$(BIN)/python bench/run.py $(ARGS)
 
 docs: setup  ## write docs/cli.md anew, check the links
@@ -37,7 +37,11 @@ train-env:  ## .venvs/train: torch, transformers, trl, peft
 	@$(call NEED,11)
 	@$(PYTHON) tools/venv.py .venvs/train containers/train.requirements.txt tests/requirements-train.txt
 
+serve-env:  ## .venvs/serve: Triton, onnxruntime-genai and its builder, without containers; Python 3.11 or 3.12
+	@$(call NEED,11)
+	@$(PYTHON) tools/venv.py .venvs/serve containers/serve-cpu.requirements.txt
+
 clean:  ## forget the environments, caches and the demo's runs; its model and data stay
 	rm -rf .venvs .mypy_cache .ruff_cache .pytest_cache build dist demo/runs
 
-.PHONY: help demo test lint bench docs setup train-env clean
+.PHONY: help demo test lint bench docs setup train-env serve-env clean

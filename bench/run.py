@@ -21,7 +21,10 @@ from pathlib import Path
 
 from measure import HEADINGS, Line, NotMeasured, Skipped
 
-NAMES = ("start", "status", "submit", "staging", "tunnel", "client", "container", "modes", "finetune")
+NAMES = (
+    "start", "status", "submit", "staging", "tunnel", "client", "container", "modes", "data", "finetune",
+    "merge", "serving",
+)  # fmt: skip
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 

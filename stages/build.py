@@ -9,7 +9,9 @@ llmapi              the server takes the model as it is: there is nothing to bui
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from hpc.core import engines, passport, trtllm
@@ -32,6 +34,9 @@ class BuildConfig:
     """GPUs that share every layer (tensor parallel); within one node."""
     pp_size: int = 1
     """Groups of GPUs that have a part of the layers each (pipeline parallel)."""
+    nodes: int = 0
+    """Nodes over which the ranks are divided, one MPI task for each GPU. 0: built on one node, served on as few as have
+    the GPUs."""
     auto: bool = False
     """Choose tp_size and pp_size: the fewest GPUs that the model fits on."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -54,6 +59,15 @@ class BuildConfig:
     """Highest rank of LoRA adapters that may come with a request; 0: none may."""
     lora_modules: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
     """The layers that such adapters change, by TensorRT-LLM's names."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters that requests may name, as name=folder; they become a part of the engine. (onnxruntime_genai)"""
+
+
+def files(config: BuildConfig) -> tuple[str, ...]:
+    """The adapters' folders."""
+    from hpc.inside import loras
+
+    return tuple(loras.named(config.lora).values())
 
 
 def container(config: Any) -> str:
@@ -95,13 +109,18 @@ def size(config: BuildConfig, around: Around) -> tuple[Resources, tuple[str, ...
     notes = engines.judged("build", config, around)
     if "tensorrt-llm" in around.versions:
         trtllm.release(around.versions["tensorrt-llm"])
-    workers = min(config.tp_size * config.pp_size, around.node_gpus or 8)
+    nodes = max(1, config.nodes)
+    workers = min(math.ceil(config.tp_size * config.pp_size / nodes), around.node_gpus or 8)
+    if nodes > 1:
+        notes = (*notes, f"build: {nodes} nodes with {workers} ranks of MPI each")
+        asked = replace(asked, nodes=nodes, tasks_per_node=workers)
     if shape is None:
         return replace(asked, gpus_per_node=workers), notes
     # measured with 7 B in float16: an engine of 12.9 GB took 29 GB of host memory at its peak
     rank_gib = shape.parameters * 2 / GIB / (config.tp_size * config.pp_size)
     memory = math.ceil(2.4 * rank_gib * workers) + 8
-    return replace(asked, gpus_per_node=workers, mem_gb=memory, cpus_per_task=max(8, 2 * workers)), notes
+    cpus = 4 if nodes > 1 else max(8, 2 * workers)
+    return replace(asked, gpus_per_node=workers, mem_gb=memory, cpus_per_task=cpus), notes
 
 
 def refuse_for_cpu(config: BuildConfig) -> None:
@@ -125,6 +144,8 @@ def refuse_for_cpu(config: BuildConfig) -> None:
 
 def check(config: BuildConfig) -> None:
     """UsageError for figures that can't be, HpcError for a model that can't be read."""
+    if config.nodes < 0:
+        raise UsageError("build.nodes must be 0 or more")
     for name in ("tp_size", "pp_size", "max_batch_size", "max_num_tokens", "max_beam_width"):
         if getattr(config, name) < 1:
             raise UsageError(f"build.{name} must be 1 or more")
@@ -141,17 +162,28 @@ def check(config: BuildConfig) -> None:
             f"build.max_input_len {config.max_input_len} is more than max_seq_len {config.max_seq_len}",
             hint="max_seq_len counts prompt and answer together",
         )
-    if config.model is not None and config.engine == "onnxruntime_genai":
-        from hpc.inside import models
+    if config.lora and config.engine != "onnxruntime_genai":
+        raise UsageError(
+            f"build.lora is for onnxruntime_genai; here the engine is {config.engine}",
+            hint="merge one adapter into the model: hpc submit merge",
+        )
+    if config.engine == "onnxruntime_genai":
+        from hpc.inside import loras, models
 
-        models.inspect(config.model)
+        for name, folder in loras.named(config.lora).items():
+            loras.inspect(name, Path(folder))
+        if config.model is not None:
+            models.inspect(config.model)
 
 
 def run(config: BuildConfig, ctx: Context) -> None:
     """Build the engine, whole or not at all, and its passport."""
     from hpc.inside import engines as builders
-    from hpc.inside import models
+    from hpc.inside import meeting, models, rankbuild
 
+    ranks = meeting.of(ctx.folder, os.environ)
+    if not ranks.first:
+        return rankbuild.build(ctx, ranks)
     with models.written_whole(ctx.outputs["engine"]) as part:
         if config.engine == "onnxruntime_genai":
             builders.onnx(config, ctx, part)
@@ -173,7 +205,8 @@ STAGE = Stage(
     resources=resources,
     run=run,
     check=check,
-    launcher="workers",
+    files=files,
+    launcher="mpi",
     settle=engines.settle,
     size=size,
     unneeded=unneeded,

@@ -8,7 +8,7 @@ checkpoint where the scheduler asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -158,9 +158,10 @@ def check(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig, ctx: Context) -> None:
     """Train, and write the adapter (or model); without an output where the scheduler asked to stop."""
-    from hpc.inside import conversations, models, packing, trainers
+    from hpc.inside import conversations, heldout, models, packing, recipe, trainers
 
     models.settle()
+    trainers.need(config.report_to)
     ctx.progress(0, 1, "loading the base model")
     base = ctx.inputs["base_model"]
     dtype = models.compute_dtype(config.dtype)
@@ -168,7 +169,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
     tokenizer = models.tokenizer(folder, template)
     rows = {part: _rows(part, tokenizer, config, ctx) for part in ("train", "eval")}
-    model = _model(folder, dtype, config)
+    model = recipe.model(folder, dtype, config, config.sharding)
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     batches: Any = conversations.Padded(pad)
@@ -179,23 +180,39 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         ctx.metric(packed_rows=len(rows["train"]))
         batches = packing.Packed(pad, flat=flat)
 
+    def measure(model: Any) -> float:
+        found, _ = heldout.loss(
+            model, rows["eval"], batches, batch_size=config.batch_size, dtype=dtype, stopping=ctx.stopping
+        )
+        return found
+
+    try:
+        before = _before(model, measure, bool(rows["eval"]), config, ctx)
+    except heldout.StopError:
+        return
     trainer = trainers.trainer(
         model=model,
-        arguments=trainers.arguments(_arguments(config, dtype, ctx)),
+        arguments=trainers.arguments(recipe.arguments(config, dtype, ctx)),
         rows=rows,
         keep=config.keep_checkpoints,
         data_collator=batches,
         processing_class=tokenizer,
-        peft_config=None if config.method == "full" else _adapter(config),
+        peft_config=None if config.method == "full" else recipe.adapter(config),
         callbacks=[_watcher(ctx)],
     )
-    for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16
-            weight.data = weight.data.float()
-    if not _train(trainer, batches, config, ctx):
+    recipe.trained_in_full(trainer.model)
+    try:
+        if not _train(trainer, batches, ctx):
+            return
+        if rows["eval"]:
+            ctx.progress(1, 1, "measuring the held-out loss after training")
+            # what is sharded only the trainer can run
+            after = measure(trainer.model) if config.sharding == "none" else trainer.evaluate()["eval_loss"]
+            ctx.metric(eval_loss_before=before, eval_loss_after=after)
+    except heldout.StopError:
         return
     ctx.metric(base_model=base, method=config.method, dtype=dtype)
-    _save(trainer, tokenizer, config, ctx, base=base, dtype=dtype)
+    recipe.save(trainer, tokenizer, config, ctx, base=base, dtype=dtype)
 
 
 def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> list[dict[str, list[int]]]:
@@ -213,94 +230,6 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
     return rows
 
 
-def _model(folder: Path, dtype: str, config: FinetuneConfig) -> Any:
-    """The base, ready to train on: in 4 bit for qlora, with float32 weights where they are trained or sharded."""
-    import torch
-
-    from hpc.inside import models, together
-
-    if config.method == "full" or config.sharding == "fsdp":
-        return models.load(folder, "float32")
-    if config.method == "lora":
-        return models.load(folder, dtype)
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
-    place = together.local_rank() if torch.cuda.is_available() else "cpu"
-    model = models.load(folder, dtype, quantization_config=quantization, device_map={"": place})
-    for layer in model.modules():
-        # On a CPU with AVX512-BF16, measuring a loss would repack the weights into a form without gradients.
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-    return model
-
-
-def _adapter(config: FinetuneConfig) -> Any:
-    from peft import LoraConfig
-    from transformers import set_seed
-
-    set_seed(config.seed)  # the trainer seeds itself only after the adapter has got its first weights
-    targets: Sequence[str] | None = list(config.target_modules) or None
-    return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _arguments(config: FinetuneConfig, dtype: str, ctx: Context) -> Mapping[str, Any]:
-    """SFTConfig's values, by the names of its newest generation."""
-    import torch
-
-    from hpc.inside import trainers
-
-    gpu = torch.cuda.is_available()
-    checkpointing = config.gradient_checkpointing and config.sharding != "fsdp"  # FSDP has its own
-    shared = trainers.spread(config.sharding, gradient_checkpointing=config.gradient_checkpointing, gpu=gpu)
-    return {
-        **shared,
-        "output_dir": str(ctx.checkpoints),
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler,
-        "warmup_steps": config.warmup_ratio,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.grad_accum,
-        "gradient_checkpointing": checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
-        "max_length": config.max_length,
-        "optim": config.optim,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "seed": config.seed,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "torch_compile": config.compile,
-        "save_strategy": "steps" if config.save_steps else "epoch",
-        "save_steps": config.save_steps or 1,
-        "save_total_limit": None,  # the trainer keeps the last ones itself
-        "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,  # else a loss of NaN is shown as the last good one
-        "eval_strategy": "steps" if config.eval_steps else "no",
-        "eval_steps": config.eval_steps or None,
-        "disable_tqdm": True,
-        "report_to": list(config.report_to) or "none",
-    }
-
-
 def _watcher(ctx: Context) -> Any:
     from hpc.inside import curves, models, watching
 
@@ -311,33 +240,37 @@ def _watcher(ctx: Context) -> Any:
     return watching.watcher(ctx, begun)
 
 
-def _train(trainer: Any, batches: Any, config: FinetuneConfig, ctx: Context) -> bool:
-    """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
-    from hpc.inside import models, together, watching
+def _before(
+    model: Any, measure: Callable[[Any], float], rows: bool, config: FinetuneConfig, ctx: Context
+) -> float | None:
+    """
+    The held-out loss before training, measured once. Never by the trainer: what it has measured with, it later trains
+    without adding up the gradients of several ranks.
+    """
+    from hpc.inside import together
 
-    measured = trainer.eval_dataset is not None and config.sharding == "none"
-    before_file = ctx.checkpoints / "before.json"
-    resumed = next(iter(models.checkpoints(ctx.checkpoints)), None)
-    try:
-        if measured and not before_file.exists():
-            ctx.progress(0, 1, "measuring the held-out loss before training")
-            before = trainer.evaluate()["eval_loss"]
-            if together.rank() == 0:
-                write_json(before_file, {"eval_loss": before})
-        if together.any_of(ctx.stopping()):
-            return False
-        batches.tokens = 0
-        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        seconds = result.metrics["train_runtime"]  # of this attempt
-        tokens = batches.tokens * together.world()
-        if trainer.state.global_step < trainer.state.max_steps:
-            return False
-        if trainer.eval_dataset is not None:
-            ctx.progress(1, 1, "measuring the held-out loss after training")
-            ctx.metric(eval_loss_after=trainer.evaluate()["eval_loss"])
-            if measured:
-                ctx.metric(eval_loss_before=(read_json(before_file) or {}).get("eval_loss"))
-    except watching.StopError:
+    if not rows or config.sharding != "none":
+        return None
+    path = ctx.checkpoints / "before.json"
+    known = read_json(path) or {}
+    if together.any_of(not known):
+        ctx.progress(0, 1, "measuring the held-out loss before training")
+        known = {"eval_loss": measure(model)}
+        if together.rank() == 0:
+            write_json(path, known)
+    return float(known["eval_loss"])
+
+
+def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
+    """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
+    from hpc.inside import together, trainers
+
+    resumed = trainers.resumed(ctx.checkpoints)
+    if together.any_of(ctx.stopping()):
+        return False
+    batches.tokens = 0
+    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if trainer.state.global_step < trainer.state.max_steps:
         return False
     losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
@@ -345,38 +278,9 @@ def _train(trainer: Any, batches: Any, config: FinetuneConfig, ctx: Context) -> 
     ctx.metric(trainable_parameters=trainable, resumed_from=resumed.name if resumed else None)
     if losses:
         ctx.metric(train_loss=sum(losses) / len(losses))
+    seconds, tokens = result.metrics["train_runtime"], batches.tokens * together.world()  # of this attempt
     ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     return True
-
-
-def _save(trainer: Any, tokenizer: Any, config: FinetuneConfig, ctx: Context, *, base: str, dtype: str) -> None:
-    """Write the output folder. An adapter names the base that was asked for, not the converted copy."""
-    import torch
-
-    from hpc.inside import models, together
-
-    (target,) = ctx.outputs.values()
-    weights = None
-    if config.sharding != "none":  # all ranks gather what each has a part of
-        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if together.rank() == 0:
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped if weights else trainer.model)
-        with models.written_whole(target) as part:
-            if config.method == "full":
-                kind = getattr(torch, dtype)
-                model.config.use_cache = True
-                if weights is None:
-                    model.to(kind).save_pretrained(part)
-                else:
-                    model.config.dtype = kind
-                    model.save_pretrained(part, state_dict={name: w.to(kind) for name, w in weights.items()})
-            else:
-                model.peft_config["default"].base_model_name_or_path = base
-                # embeddings are never trained, so never asked of the hub
-                model.save_pretrained(part, save_embedding_layers=False, state_dict=weights)
-                write_json(part / "base.json", {"base_model": base, "method": config.method, "dtype": dtype})
-            tokenizer.save_pretrained(part)
-    together.barrier()
 
 
 STAGE = Stage(

@@ -1,34 +1,25 @@
 """
 prepare: raw records -> chat messages in the wanted languages, split into training and held-out rows.
 
-The output is a folder with train.jsonl, eval.jsonl (one {"messages": […]} a line) and report.json. The
-same data and config give the same bytes. Whatever is dropped is counted by its reason.
+The output is a folder with train.jsonl, eval.jsonl (one {"messages": […]} a line), report.json, and dropped.jsonl,
+which names every record that was left out, and why. The same data and config give the same bytes on any number of
+cores, in memory that does not grow with the data.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from hpc.core.errors import UsageError, did_you_mean
-from hpc.core.rundir import write_json, write_text
-from hpc.core.stage import Artifact, Context, Resources, Stage
-from hpc.inside import records
-
-Conversation = list[records.Message]
+from hpc.core.stage import Around, Artifact, Context, Input, Resources, Stage
+from hpc.inside import families, given, languages, records
+from hpc.inside.languages import Detector
 
 _CHECKED_BYTES = 64 << 20
 """So much of each file is read on the login node before anything is queued."""
-_LANGUAGES = """
-    af ar bg bn ca cs cy da de el en es et fa fi fr gu he hi hr hu id it ja kn ko lt lv mk ml mr ne nl no pa
-    pl pt ro ru sk sl so sq sv sw ta te th tl tr uk ur vi zh-cn zh-tw
-"""
-"""What langdetect knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +27,73 @@ class PrepareConfig:
     """What to read and what to keep."""
 
     data: tuple[str, ...] = ()
-    """Files of records (JSON Lines or a JSON array), read in this order."""
+    """Files of records, or folders of them, read in this order: JSON Lines, a JSON array, Parquet or Arrow;
+    "fetch:PATTERN": files that the stage fetch got. Empty: all that it got."""
     format: records.Format = "auto"
     """Form of the records; auto: seen from each file's first record."""
     max_samples: int | None = None
-    """Only the first so many records of all files together; None: all."""
+    """Only the first so many records of all data files together; None: all."""
     languages: tuple[str, ...] = ()
     """Keep conversations in these languages (ISO 639-1 codes such as en); empty: keep all, detect nothing."""
+    detector: Detector = "fast"
+    """What detects them: fast (a small fastText model), or langdetect, which is a hundred times slower."""
     seed: int = 0
-    """Seed of the language detection and of the choice of held-out rows."""
+    """Seed of langdetect and of every choice of rows."""
     system: str | None = None
     """System message for conversations that have none; None: leave them without."""
     eval_rows: int = 0
     """Conversations held out of training, to measure the loss on."""
+    eval_data: tuple[str, ...] = ()
+    """Files of records that are all held out; what data repeats of them is dropped there."""
+    train_rows: int | None = None
+    """So many of the rows that are left, chosen by the seed; None: all."""
+    weights: tuple[float, ...] = ()
+    """Weight of each entry of data in the mixture; empty: all rows of all."""
+    replay: tuple[str, ...] = ()
+    """Files of earlier training, of which a share is mixed in, so that it isn't forgotten."""
+    replay_share: float = 0.1
+    """Share of the rows of replay in all rows to train on, where there are enough of them."""
+    min_chars: int = 0
+    """Drop conversations with fewer characters."""
+    max_chars: int | None = None
+    """Drop conversations with more characters; None: keep long ones."""
+    repetition: float | None = None
+    """Drop conversations in which a larger share of 4-grams of words was there before, 0 to 1; None: keep them."""
+    near_duplicates: float | None = 0.9
+    """Drop a conversation that shares this part of its 3-grams of words with an earlier one; None: exact repeats."""
+    contamination: Literal["report", "drop", "refuse"] = "report"
+    """What to do with rows to train on that share text with held-out rows."""
+    contamination_words: int = 13
+    """So many words in a row are shared text."""
+    thinking: families.Thinking = "keep"
+    """The reasoning of answers, <think>…</think>: keep it, strip it, or require it (and drop rows without)."""
+    template: families.Family = "own"
+    """Chat template to check rows with and to put beside them; own: the tokenizer's."""
+    system_turns: families.SystemTurns = "keep"
+    """System messages: keep them, fold them into the first question (for models without that role), or drop them."""
     tokenizer: str | None = None
-    """A model (folder, GGUF file or hub name) to count tokens with; None: don't."""
+    """A model (folder, GGUF file or hub name) to count tokens with; None: the one that fetch gets, else don't."""
+    token_limit: int | None = None
+    """Tokens that training will keep of a conversation: the report says what is cut off."""
 
 
 def files(config: PrepareConfig) -> tuple[str, ...]:
-    """The data, and the tokenizer where it is a local path."""
-    local = config.tokenizer is not None and Path(config.tokenizer).exists()
-    return (*config.data, str(config.tokenizer)) if local else config.data
+    """The data that is there already."""
+    return tuple(n for n in (*config.data, *config.eval_data, *config.replay) if not n.startswith(given.FETCHED))
 
 
 def resources(config: PrepareConfig) -> Resources:
-    """No GPU: language detection is one thread."""
-    return Resources(cpus_per_task=2, mem_gb=8, time_min=60)
+    """No GPU. Every core is used."""
+    return Resources(cpus_per_task=8, mem_gb=16, time_min=60)
+
+
+def size(config: PrepareConfig, around: Around) -> tuple[Resources, tuple[str, ...]]:
+    """`resources`; UsageError where no data is named and none is fetched."""
+    named = (*config.data, *config.eval_data, *config.replay)
+    fetched = not config.data or any(name.startswith(given.FETCHED) for name in named)
+    if fetched and "records" not in around.inputs:
+        raise UsageError("prepare.data names no file, and nothing is fetched before it", hint=given.NO_DATA)
+    return resources(config), ()
 
 
 def outputs(config: PrepareConfig) -> dict[str, Artifact]:
@@ -70,167 +102,85 @@ def outputs(config: PrepareConfig) -> dict[str, Artifact]:
 
 def check(config: PrepareConfig) -> None:
     """UsageError where the config or the first part of the data can't work. Standard library, seconds."""
-    if not config.data:
-        raise UsageError("prepare.data names no file", hint='for example: data = ["data/train.jsonl"]')
-    for language in config.languages:
-        if language not in _LANGUAGES.split():
-            raise UsageError(
-                f"prepare.languages: '{language}' is not known",
-                hint=did_you_mean(language, _LANGUAGES.split()),
-            )
-    if config.eval_rows < 0 or (config.max_samples is not None and config.max_samples < 1):
-        raise UsageError("prepare.eval_rows must be 0 or more, and max_samples 1 or more")
-    if not sum(bool(row.messages) for row in _read(config, limit=_CHECKED_BYTES)):  # reads on after the first good one
+    _check_languages(config)
+    for name in ("eval_rows", "min_chars"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"prepare.{name} must be 0 or more")
+    for name in ("max_samples", "train_rows", "max_chars", "token_limit", "contamination_words"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise UsageError(f"prepare.{name} must be 1 or more")
+    for name in ("near_duplicates", "repetition", "replay_share"):
+        if getattr(config, name) is not None and not 0 < getattr(config, name) < 1:
+            raise UsageError(f"prepare.{name} must lie between 0 and 1")
+    if config.weights and (len(config.weights) != len(config.data) or min(config.weights) <= 0):
         raise UsageError(
-            f"no record of {', '.join(config.data)} holds a question with an answer",
-            hint="see prepare.format",
+            f"prepare.weights has {len(config.weights)} values for {len(config.data)} entries of data",
+            hint="give a weight above 0 for each",
         )
+    if not config.data and config.weights:
+        raise UsageError("prepare.weights needs the entries of data that it weighs")
+    for name in files(config):
+        for path in given.files(name, None):
+            _look(path, config)
+
+
+def _check_languages(config: PrepareConfig) -> None:
+    known = {*languages.KNOWN, *languages.CHINESE} - ({"zh"} if config.detector == "langdetect" else set())
+    for language in config.languages:
+        if language not in known:
+            raise UsageError(
+                f"prepare.languages: '{language}' is not known", hint=did_you_mean(language, sorted(known))
+            )
+        if language in languages.CHINESE and config.detector == "fast":
+            raise UsageError(
+                f"prepare.languages: the fast detector does not tell {language} from the other Chinese",
+                hint='write zh, or set prepare.detector = "langdetect"',
+            )
+
+
+def _look(path: Path, config: PrepareConfig) -> None:
+    """UsageError where the first part of a file can't be read, or holds no conversation."""
+    from hpc.inside import sources
+
+    if path.suffix in (".parquet", ".arrow"):
+        sources.looks_whole(path)
+        return
+    row = None
+    good = 0
+    for row in islice(records.read(path, config.format, _CHECKED_BYTES), config.max_samples):  # on after a good one
+        good += bool(row.messages)
+    if row is None:
+        raise UsageError(f"{path} holds no record", hint="check the path, and that the download was complete")
+    if not good:
+        raise UsageError(f"no record of {path} holds a question with an answer", hint="see prepare.format")
 
 
 def run(config: PrepareConfig, ctx: Context) -> None:
-    """Read, filter, split, write. UsageError where a record can't be read or nothing is left."""
-    rows = list(_read(config))
-    dropped: Counter[str] = Counter()
-    languages: Counter[str] = Counter()
-    kept = _distinct(_in_languages(_answered(rows, dropped), config, ctx, languages, dropped), dropped)
-    if len(kept) <= config.eval_rows:
-        raise UsageError(
-            f"{len(kept)} of {len(rows)} records are left, too few to train on and hold {config.eval_rows} out"
-            f" (dropped: {_words(dropped) or 'none'})",
-            hint="check prepare.languages, max_samples and eval_rows",
-        )
-    train, held_out = _split(kept, config)
-    report: dict[str, Any] = {
-        "schema": "hpc.dataset/1",
-        "files": [Path(name).name for name in config.data],
-        "read": len(rows),
-        "train": len(train),
-        "eval": len(held_out),
-        "dropped": dict(sorted(dropped.items())),
-        "languages": dict(sorted(languages.items())),
-        "unanswered_turns_cut": sum(row.unanswered for row in rows if row.messages),
-    }
-    if config.tokenizer is not None:
-        report["tokens"] = _lengths([*train, *held_out], config.tokenizer, ctx)
-    _write(ctx.outputs["dataset"], train, held_out, report)
-    ctx.metric(**{name: value for name, value in report.items() if name not in ("schema", "files")})
-    ctx.progress(1, 1, f"{len(train)} rows to train on, {len(held_out)} held out")
+    """Read, filter, split, write; nothing where the scheduler asked to stop. UsageError where nothing is left."""
+    from hpc.inside import preparing
 
-
-def _read(config: PrepareConfig, limit: int | None = None) -> Iterator[records.Row]:
-    """The first max_samples records of all files; an empty file is a UsageError."""
-    return islice(_all(config, limit), config.max_samples)
-
-
-def _all(config: PrepareConfig, limit: int | None) -> Iterator[records.Row]:
-    for name in config.data:
-        row = None
-        for row in records.read(Path(name), config.format, limit):
-            yield row
-        if row is None:
-            raise UsageError(f"{name} holds no record", hint="check the path, and that the download was complete")
-
-
-def _answered(rows: Sequence[records.Row], dropped: Counter[str]) -> list[Conversation]:
-    """The conversations of the rows that have an answer."""
-    dropped.update(row.dropped for row in rows if not row.messages)
-    return [list(row.messages) for row in rows if row.messages]
-
-
-def _in_languages(
-    conversations: list[Conversation],
-    config: PrepareConfig,
-    ctx: Context,
-    languages: Counter[str],
-    dropped: Counter[str],
-) -> Iterator[Conversation]:
-    """Those in one of the wanted languages, judged by what is said and not by the names of roles and keys."""
-    if not config.languages:
-        yield from conversations
-        return
-    from langdetect import DetectorFactory, LangDetectException, detect
-
-    DetectorFactory.seed = config.seed  # unseeded, the same short text is now one language, now another
-    for done, messages in enumerate(conversations, 1):
-        ctx.progress(done, len(conversations) + 1, "detecting languages")
-        try:
-            language = str(detect("\n".join(m["content"] for m in messages if m["role"] != "system")))
-        except LangDetectException:
-            dropped["no text to detect"] += 1
-            continue
-        languages[language] += 1
-        if language in config.languages:
-            yield messages
-        else:
-            dropped[f"language {language}"] += 1
-
-
-def _distinct(conversations: Iterator[Conversation], dropped: Counter[str]) -> list[Conversation]:
-    """Each conversation once: a repeated one could be held out and trained on at the same time."""
-    kept: dict[str, Conversation] = {}
-    for messages in conversations:
-        text = json.dumps(messages, sort_keys=True)
-        if text in kept:
-            dropped["duplicate"] += 1
-        else:
-            kept[text] = messages
-    return list(kept.values())
-
-
-def _split(conversations: list[Conversation], config: PrepareConfig) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, held out), both in the data's order. A row's own hash decides: added rows move few."""
-    import hashlib
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{config.seed} {json.dumps(conversations[index])}".encode()).digest()
-
-    chosen = set(sorted(range(len(conversations)), key=rank)[: config.eval_rows])
-    if config.system is not None:
-        system = {"role": "system", "content": config.system}
-        conversations = [m if m[0]["role"] == "system" else [system, *m] for m in conversations]
-    train = [m for i, m in enumerate(conversations) if i not in chosen]
-    return train, [m for i, m in enumerate(conversations) if i in chosen]
-
-
-def _lengths(conversations: list[Conversation], model: str, ctx: Context) -> dict[str, int]:
-    """Tokens of the conversations through the model's chat template: median, 90th percentile, longest."""
-    from hpc.inside import models
-
-    models.settle()
-    tokenizer = models.tokenizer(models.local(model, ctx.cache))
-    counts = []
-    for done, messages in enumerate(conversations, 1):
-        ctx.progress(done, len(conversations) + 1, "counting tokens")
-        counts.append(len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]))
-    counts.sort()
-    return {"median": counts[len(counts) // 2], "p90": counts[len(counts) * 9 // 10], "longest": counts[-1]}
-
-
-def _write(
-    folder: Path,
-    train: list[Conversation],
-    held_out: list[Conversation],
-    report: dict[str, Any],
-) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, rows in (("train.jsonl", train), ("eval.jsonl", held_out)):
-        lines = (json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in rows)
-        write_text(folder / name, "".join(lines))
-    write_json(folder / "report.json", report)
-
-
-def _words(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common(5))
+    with preparing.work(config, ctx) as work:
+        work.read()
+        work.drop_repeats()
+        work.hold_out()
+        work.compare_with_held_out()
+        work.mix()
+        work.write()
+        work.report()
 
 
 STAGE = Stage(
     name="prepare",
-    summary="Read chat data, keep the wanted languages, hold rows out for evaluation",
+    summary="Read chat data, keep what is good, hold rows out for evaluation",
     config=PrepareConfig,
     container="train",
-    consumes={},
+    consumes={
+        "records": Input(kind="records", optional=True),
+        "tokenizer": Input(kind="hf_model", optional=True),
+    },
     outputs=outputs,
     resources=resources,
+    size=size,
     run=run,
     files=files,
     check=check,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from hpc.core import engines
+from hpc.core import engines, rundir
 from hpc.core.division import KvCache, Quantization
 from hpc.core.errors import Refused, UsageError
 from hpc.core.stage import Around, Context, Input, Resources, Stage
@@ -26,6 +27,8 @@ class ServeConfig:
     tp_size: int = 1
     """Set in [build]."""
     pp_size: int = 1
+    """Set in [build]."""
+    nodes: int = 0
     """Set in [build]."""
     auto: bool = False
     """Set in [build]."""
@@ -57,9 +60,9 @@ class ServeConfig:
     queue_size: int = 0
     """Requests that wait before new ones are refused; 0: any number."""
     kv_cache_fraction: float = 0.9
-    """Of the GPU's free memory. (TensorRT-LLM)"""
+    """Of the GPU's free memory; without GPUs, of what engine and server leave of the job's."""
     kv_cache_tokens: int = 0
-    """Tokens in the KV cache; 0: by the fraction. (TensorRT-LLM)"""
+    """Tokens in the KV cache; 0: by the fraction. Requests for which it has no room wait."""
     attention_window: int = 0
     """Tokens that attention looks back; 0: all. (TensorRT-LLM)"""
     kv_cache_reuse: bool = False
@@ -75,6 +78,12 @@ class ServeConfig:
     """Seconds until it must have answered."""
     drain_s: int = 20
     """Seconds that running requests get when the service is ended. Slurm kills it KillWait (30 s) after it asked."""
+    successors: int = 0
+    """Jobs that take over one after another, each before the time limit of the one before it."""
+    handover_min: int = 15
+    """Minutes before the limit that the next job may start: it waits in the queue and starts within them."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that a request may name as its model, as name=/folder. (llmapi; others have them built in.)"""
     extra: tuple[str, ...] = field(default=())
     """Further values for the repository's templates, as name=value."""
 
@@ -88,7 +97,16 @@ def resources(config: ServeConfig) -> Resources:
     """A guess on the safe side of a 7 B model."""
     if config.engine == "onnxruntime_genai":
         return Resources(cpus_per_task=8, mem_gb=16, time_min=240)
-    return Resources(gpus_per_node=config.tp_size * config.pp_size, cpus_per_task=8, mem_gb=64, time_min=240)
+    world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
+    return _divided(Resources(cpus_per_task=8, mem_gb=64, time_min=240), world, nodes, config.private)
+
+
+def _divided(asked: Resources, world: int, nodes: int, private: bool) -> Resources:
+    """So many ranks on so many nodes: on one it starts them itself, on several Slurm does, as a task for each GPU."""
+    if nodes == 1:
+        return replace(asked, gpus_per_node=world)
+    each = world // nodes
+    return replace(asked, nodes=nodes, gpus_per_node=each, tasks_per_node=each, cpus_per_task=4, exclusive=private)
 
 
 def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...]]:
@@ -108,18 +126,35 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         matching.refuse_early(Path(config.engine_dir), config, around.versions)
     if config.engine == "onnxruntime_genai":
         return asked, ()
-    if around.node_gpus is not None and asked.gpus_per_node > around.node_gpus:
+    notes = engines.judged("serve", config, around)
+    world = config.tp_size * config.pp_size
+    nodes = config.nodes or math.ceil(world / (around.node_gpus or world))
+    if world % nodes or (around.node_gpus is not None and world // nodes > around.node_gpus):
         raise Refused(
-            f"serve needs {asked.gpus_per_node} GPUs on one node, and a node has {around.node_gpus}",
-            hint="build the engine for fewer: build.tp_size, build.pp_size, build.quantization",
+            f"serve: {world} ranks cannot be divided among {nodes} nodes of {around.node_gpus or world} GPUs",
+            hint="build.nodes says on how many; 0: as few as there must be",
         )
-    return asked, engines.judged("serve", config, around)
+    if nodes > 1:
+        whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
+        notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")
+    return _divided(asked, world, nodes, config.private), notes
 
 
 def check(config: ServeConfig) -> None:
     """UsageError for what could not work."""
     if config.max_batch_size < 1:
         raise UsageError("serve.max_batch_size must be 1 or more")
+    if config.successors < 0 or config.handover_min < 1:
+        raise UsageError("serve.successors must be 0 or more, serve.handover_min 1 or more")
+    if config.adapters and config.engine not in ("llmapi", "auto"):
+        raise UsageError("serve.adapters is for llmapi", hint="onnxruntime_genai has them built in: build.lora")
+    for name, folder in named(config):
+        if not name or name == config.name or not Path(folder).is_absolute() or "'" in folder:
+            raise UsageError(
+                f"serve.adapters: {name}={folder} is not name=/folder", hint="with another name than serve.name"
+            )
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise UsageError(f"serve.adapters: {folder} holds no LoRA adapter", hint="it needs adapter_config.json")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
@@ -127,12 +162,39 @@ def check(config: ServeConfig) -> None:
         raise UsageError("serve.vendor_repository is for tensorrt_llm alone")
 
 
+def named(config: ServeConfig) -> list[tuple[str, str]]:
+    """(name, folder) of each adapter."""
+    return [(name, folder) for name, _, folder in (entry.partition("=") for entry in config.adapters)]
+
+
+def lora_config(folders: Sequence[str]) -> str:
+    """What TensorRT-LLM's LLM API must know of them: where one lies, how many there are, the highest rank."""
+    ranks = [(rundir.read_json(Path(folder) / "adapter_config.json") or {}).get("r", 8) for folder in folders]
+    count = len(folders)
+    return f"{{lora_dir: ['{folders[0]}'], max_lora_rank: {max(ranks)}, max_loras: {count}, max_cpu_loras: {count}}}"
+
+
+def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
+    """Adapter -> what Triton's model is told. onnxruntime_genai's engine has its adapters' names beside it."""
+    from hpc.inside import loras
+
+    if config.engine == "llmapi":
+        return {
+            name: {"lora_id": number, "lora_name": name, "lora_path": folder}
+            for number, (name, folder) in enumerate(named(config), 1)
+        }
+    return {name: {"lora_name": name} for name in loras.names(engine)}
+
+
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import repository
+    from hpc.inside import kvbudget, repository
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
+    cache = config.kv_cache_tokens
+    if not cache and config.engine == "onnxruntime_genai":
+        cache = kvbudget.tokens(engine, config.kv_cache_fraction)
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -146,10 +208,12 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         exclude_input_in_output=config.exclude_input,
         batching_strategy=config.batching,
         kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
-        max_tokens_in_paged_kv_cache=config.kv_cache_tokens or None,
+        max_tokens_in_paged_kv_cache=cache or None,
         max_attention_window_size=config.attention_window or None,
         enable_kv_cache_reuse=config.kv_cache_reuse,
         enable_chunked_context=config.chunked_context,
+        enable_lora=bool(config.adapters),
+        lora_config=lora_config([folder for _, folder in named(config)]) if config.adapters else "null",
         tensor_parallel_size=config.tp_size,
         pipeline_parallel_size=config.pp_size,
     )
@@ -171,12 +235,14 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.core.rundir import StageDir
-    from hpc.inside import alone, matching, models, serving, triton
+    from hpc.inside import alone, following, matching, meeting, models, serving, triton
     from hpc.inside.openai import Served
     from hpc.inside.service import Server, serve
 
-    if config.private:
+    ranks = meeting.of(ctx.folder, os.environ)
+    if not ranks.first:
+        return following.follow(ranks, within_s=config.ready_s, wrapped=config.engine == "llmapi")
+    if config.private and ranks.world == 1:
         alone.become()
     engine = Path(ctx.inputs["model" if config.engine == "llmapi" else "engine_dir"])
     if config.engine == "llmapi":
@@ -188,17 +254,21 @@ def run(config: ServeConfig, ctx: Context) -> None:
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
-        streams=config.streaming,
+        streams=config.streaming, adapters=_adapters(config, engine),
     )  # fmt: skip
 
+    several = ranks.world > 1
+    ranks.tell(repository=str(folder))
     with tempfile.TemporaryDirectory(prefix="hpc-serve-") as own:
         told = serving.Settings(
-            repository=str(folder), figures=str(StageDir(ctx.folder).figures), own=own,
+            repository=str(folder), stage=str(ctx.folder), own=own,
             shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
             stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
-            world=config.tp_size * config.pp_size,
+            # llmapi starts the ranks of its own node by itself
+            world=1 if config.engine == "llmapi" and not several else config.tp_size * config.pp_size,
+            meeting=str(ranks.folder) if several else "", wrapped=several and config.engine == "llmapi",
         )  # fmt: skip
 
         def argv(ports: Mapping[str, int]) -> Sequence[str]:
@@ -218,6 +288,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
                 raise HpcError(message, hint=hint) from None
             raise
         finally:  # what is left where that process was killed
+            ranks.over()
             pid = Path(own) / "pid"
             if pid.exists():
                 triton.end_group(int(pid.read_text()))
@@ -232,11 +303,13 @@ STAGE = Stage(
     consumes={"engine_dir": Input(kind="engine", optional=True), "model": Input(kind="hf_model", optional=True)},
     outputs=lambda config: {},
     resources=resources,
+    files=lambda config: tuple(folder for _, folder in named(config)),
     check=check,
     service=True,
     private=True,
     ports=("http", "grpc", "metrics"),
-    launcher="workers",
+    succession=lambda config: (config.successors, config.handover_min),
+    launcher="mpi",
     settings_of="build",
     settle=engines.settle,
     size=size,

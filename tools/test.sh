@@ -3,7 +3,7 @@
 #
 #   light        no torch, no Slurm: the plan, the parsers, the command line
 #   pythons      the same with the oldest and the newest Python that is supported, where they are found
-#   train        tiny models are really trained, in .venvs/train
+#   train        tiny models are really trained, in .venvs/train; some tests again with libraries a year older
 #   integration  a real Slurm and Apptainer on this machine; needs root
 # RINGS: some of them.  ARGS: options for pytest.
 set -uo pipefail
@@ -49,6 +49,11 @@ train() {  # only the files that have such tests: the others import what this en
     make --no-print-directory train-env || { broken train "no environment"; return; }
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.train' tests)
     ring train .venvs/train/bin/python -m "train and not integration" "${files[@]}"
+    if .venvs/train/bin/python tools/venv.py .venvs/train-old tests/requirements-train-old.txt --on .venvs/train; then
+        ring "train, old libraries" .venvs/train-old/bin/python -m "generations" "${files[@]}"
+    else
+        broken "train, old libraries" "no environment"
+    fi
 }
 
 integration() {  # its fixtures bring up the cluster and build the images

@@ -1,6 +1,6 @@
 """Make a virtual environment that holds exactly what requirements files pin; nothing happens where it is so already.
 
-    python3 tools/venv.py FOLDER REQUIREMENTS... [--editable DIR]
+    python3 tools/venv.py FOLDER REQUIREMENTS... [--editable DIR] [--on VENV]
 
 PIP_ARGS in the environment goes to pip, e.g. --extra-index-url=URL for an index with CPU builds of torch.
 
@@ -43,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("requirements", nargs="+", type=Path)
     parser.add_argument("--editable", type=Path, metavar="DIR", help="a project to install as a link to its source")
+    parser.add_argument("--on", type=Path, metavar="VENV", help="one of this Python whose packages are seen too")
     options = parser.parse_args(argv)
     try:
-        make(options.folder.absolute(), options.requirements, options.editable)
+        make(options.folder.absolute(), options.requirements, options.editable, options.on)
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make(folder: Path, requirements: Sequence[Path], editable: Path | None) -> None:
+def make(folder: Path, requirements: Sequence[Path], editable: Path | None, on: Path | None = None) -> None:
     begin = time.monotonic()
     with locked(folder):
-        wanted = digest(folder, requirements, editable)
+        wanted = digest(folder, requirements, editable) + (f" on {(on / STAMP).read_text()}" if on is not None else "")
         stamp = folder / STAMP
         if stamp.is_file() and stamp.read_text() == wanted:
             say(folder, "up to date")
@@ -69,9 +70,13 @@ def make(folder: Path, requirements: Sequence[Path], editable: Path | None) -> N
         with tempfile.TemporaryDirectory() as scratch:
             create(folder, Path(scratch))
         files = [word for path in requirements for word in ("-r", str(path))]
+        files += ["--no-deps"] if on is not None else []
         pip_install(folder, files, count=sum(map(pins, requirements)))
         if editable is not None:  # what it builds with is among the requirements, so nothing unpinned comes in
             pip_install(folder, ["--no-deps", "--no-build-isolation", "-e", str(editable)], count=1)
+        if on is not None:  # behind its own packages, which count
+            (theirs,), (ours,) = (at.absolute().glob("lib/python3*/site-packages") for at in (on, folder))
+            (ours / "on.pth").write_text(f"{theirs}\n")
         stamp.write_text(wanted)
     say(folder, f"ready after {time.monotonic() - begin:.0f} s")
 

@@ -103,3 +103,17 @@ def token_of(folder: StageDir) -> str:
         return folder.token.read_text(encoding="utf-8") or secrets.token_urlsafe(32)
     except FileNotFoundError:
         return secrets.token_urlsafe(32)
+
+
+def take_over(folder: StageDir, job_id: str) -> None:
+    """The successor that has this job's id is the service's job from now on, if it is not already."""
+    for attempt in folder.successors():
+        if (rundir.read_json(attempt.successor) or {}).get("job_id") == job_id:
+            attempt.successor.replace(folder.job)
+
+
+def promote(folder: StageDir, after: int) -> None:
+    """The job with this number has ended before its successor was ready: the next one is the service's job."""
+    later = [attempt for attempt in folder.successors() if attempt.number > after]
+    if later:
+        later[0].successor.replace(folder.job)

@@ -54,7 +54,7 @@ def fit(stage: Stage, asked: Resources, site: Site, limits: Limits | None) -> tu
             f"{stage.name} asks for {asked.nodes} nodes, but site '{site.name}' is this machine alone",
             hint="choose a Slurm site with --site, or nodes = 1",
         )
-    alone = stage.launcher != "torchrun" and asked.nodes > 1
+    alone = stage.launcher not in ("torchrun", "mpi") and asked.nodes > 1
     if alone or (stage.launcher == "python" and asked.gpus_per_node > 1):
         raise Refused(
             f"{stage.name} is one process: it cannot use {asked.gpus} GPUs on {asked.nodes} node(s)",
@@ -111,14 +111,14 @@ def _gpu_type(site: Site) -> str:
 def _fits(node: NodeKind, asked: Resources, site: Site, gpu_type: str) -> bool:
     gpus = node.gpus.get(gpu_type, 0) if gpu_type else node.gpu_total
     return (
-        asked.cpus_per_task <= node.cpus
+        asked.cpus_per_task * asked.tasks_per_node <= node.cpus
         and (not site.mem or asked.mem_gb <= node.mem_gb)
         and (site.gpus == "none" or asked.gpus_per_node <= gpus)
     )
 
 
 def _words(asked: Resources, site: Site, gpu_type: str) -> str:
-    parts = [f"{asked.cpus_per_task} CPUs"]
+    parts = [f"{asked.cpus_per_task * asked.tasks_per_node} CPUs"]
     if site.mem:
         parts.append(f"{asked.mem_gb} GiB")
     if asked.gpus_per_node:

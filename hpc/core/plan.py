@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
-from hpc.core import gpus, shape
-from hpc.core.errors import Refused, UsageError
+from hpc.core import gpus, paths, shape
+from hpc.core.errors import UsageError
+from hpc.core.feeding import Source, closure, model_behind, source
 from hpc.core.limits import Limits, fit, partition_of
 from hpc.core.site import Site
-from hpc.core.stage import Around, Kind, Resources, Stage
+from hpc.core.stage import Around, Resources, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +29,6 @@ class Environment:
     """How an image's file looked before its digest was found."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """What the image's lock says is inside; for the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one input of a stage comes from."""
-
-    name: str
-    kind: Kind
-    stage: str | None
-    """The stage of this plan that produces it, or None: it is there already."""
-    value: str
-    """The output's name there, or the absolute path, or the model's name on the hub."""
-    key: str
-    """Key of the producing stage, or the content's hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +118,7 @@ class Wish:
 
     stage: Stage
     config: Any
-    overrides: Mapping[str, int]
+    overrides: Mapping[str, Any]
     """Single values of Resources, from `resources = {…}` or the command line."""
     sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
     """sbatch options of this stage alone, e.g. a partition without GPUs; over those of the site."""
@@ -150,7 +137,7 @@ def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts
     for name in wanted:
         why = by_name[name].stage.unneeded(by_name[name].config)
         notes += [f"{name}: nothing to do, {why}"] if why else []
-    needed = {n for n in _closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
+    needed = {n for n in closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
     for name in order:
         if name in needed:
             one, remark = _one(by_name[name], planned, order, by_name, site, facts, limits)
@@ -178,7 +165,7 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
     nodes = partition.nodes if partition else ()
     types = {kind for node in nodes for kind in node.gpus if kind}
     kind = site.gres.partition(":")[2]
-    model = _model_behind(wish.stage.name, list(wishes), wishes)
+    model = model_behind(wish.stage.name, list(wishes), wishes)
     path = facts.path(model) if model is not None else None
     config = facts.document(path) if path is not None else None
     return Around(
@@ -188,48 +175,6 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
         card=gpus.of_site(site.gpu, site.gres, types) if site.gpus != "none" else None,
         node_gpus=max((node.gpus.get(kind, 0) if kind else node.gpu_total for node in nodes), default=0) or None,
     )
-
-
-def _model_behind(name: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
-    """What the settings give as the model from which, at the end, the stage's own hf_model comes."""
-    stage = wishes[name].stage
-    for given, wanted in stage.consumes.items():
-        if wanted.kind != "hf_model":
-            continue
-        text = getattr(wishes[name].config, given, None)
-        if text is not None:
-            return str(text)
-        found = producer(wanted.kind, name, order, wishes)
-        return (
-            _model_behind(found[0], order, wishes) if found else _given_before(given, "hf_model", name, order, wishes)
-        )
-    return None
-
-
-def producer(kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> tuple[str, str] | None:
-    """(stage, output name) of the nearest stage ahead of `before` that produces the kind."""
-    for name in reversed(order[: order.index(before)]):
-        for output, artifact in wishes[name].stage.outputs(wishes[name].config).items():
-            if artifact.kind == kind:
-                return name, output
-    return None
-
-
-def _closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[str]) -> set[str]:
-    needed: set[str] = set()
-    waiting = list(wanted)
-    while waiting:
-        name = waiting.pop()
-        if name in needed:
-            continue
-        needed.add(name)
-        wish = wishes[name]
-        for given, wanted_input in wish.stage.consumes.items():
-            if getattr(wish.config, given, None) is None:
-                found = producer(wanted_input.kind, name, order, wishes)
-                if found:
-                    waiting.append(found[0])
-    return needed
 
 
 def _one(
@@ -242,12 +187,12 @@ def _one(
     limits: Limits | None,
 ) -> tuple[Planned, list[str]]:
     stage = wish.stage
-    found = (_source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
-    sources = tuple(source for source in found if source is not None)
+    found = (source(wish, name, planned, order, wishes, facts) for name in stage.consumes)
+    sources = tuple(one for one in found if one is not None)
     absolute = {s.name: s.value for s in sources if s.stage is None}
     files = {text: _existing(text, stage.name, facts) for text in stage.files(wish.config)}
     folders = {text: facts.place(text) for text in stage.folders(wish.config)}
-    config = _with_paths(wish.config, absolute, {**files, **folders})
+    config = paths.absolute(wish.config, absolute, {**files, **folders})
     if stage.check is not None:
         stage.check(config)
     around = _around(wish, wishes, site, facts, limits)
@@ -262,7 +207,7 @@ def _one(
     notes += remarks
     key = configs.key_of(
         stage.name,
-        _without_paths(config, absolute, {**files, **folders}),
+        paths.content(config, absolute, {**files, **folders}),
         [[s.name, s.key] for s in sources],
         [facts.digest(files[text]) for text in stage.files(wish.config)],
         environment.digest,
@@ -292,76 +237,6 @@ def of_stage(site: Site, sbatch: Mapping[str, str | int | bool]) -> Site:
     return dataclasses.replace(site, sbatch={**site.sbatch, **rest}, **own)
 
 
-def _source(
-    wish: Wish,
-    name: str,
-    planned: Mapping[str, Planned],
-    order: Sequence[str],
-    wishes: Mapping[str, Wish],
-    facts: Facts,
-) -> Source | None:
-    """Where the input comes from; None for one that may be missing and is."""
-    stage, kind = wish.stage, wish.stage.consumes[name].kind
-    found = producer(kind, stage.name, order, wishes)
-    given = getattr(wish.config, name, None)
-    if given is None and found is None:
-        given = _given_before(name, kind, stage.name, order, wishes)
-    if given is not None:
-        path = facts.path(given)
-        if path is None and kind == "hf_model" and is_hub_name(given):
-            return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
-        if kind == "endpoint":
-            return Source(name=name, kind=kind, stage=None, value=path or given, key=_served(given, path, stage, facts))
-        if path is None:
-            raise UsageError(
-                f"{stage.name}.{name}: there is no '{given}'",
-                hint="give a folder or file that exists"
-                + (", or a model's name on the hub (organisation/name)" if kind == "hf_model" else ""),
-            )
-        return Source(name=name, kind=kind, stage=None, value=path, key=facts.digest(path))
-    if found is None and stage.consumes[name].optional:
-        return None
-    if found is None:
-        raise Refused(
-            f"{stage.name} needs a {kind} as '{name}', and no stage before it in the pipeline makes one",
-            hint=f"set {stage.name}.{name}, or put the stage that makes it into pipeline.stages",
-        )
-    return Source(name=name, kind=kind, stage=found[0], value=found[1], key=planned[found[0]].key)
-
-
-def _served(given: str, path: str | None, stage: Stage, facts: Facts) -> str:
-    """The key of an endpoint: what the serving stage serves, wherever it runs; of another service its address."""
-    if given.startswith(("http://", "https://")):
-        return f"address:{given}"
-    key = (facts.document(path) or {}).get("key") if path is not None else None
-    if key is None:
-        raise UsageError(
-            f"{stage.name}.endpoint: '{given}' is not the folder of a serving stage",
-            hint="give runs/RUN/serve, of a run that `hpc status` shows, or http://…/v1",
-        )
-    return f"served:{key}"
-
-
-def _given_before(name: str, kind: Kind, before: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str | None:
-    """What an earlier stage was given as its input of the same name: merge takes finetune's base_model."""
-    for earlier in reversed(order[: order.index(before)]):
-        wanted = wishes[earlier].stage.consumes.get(name)
-        value = getattr(wishes[earlier].config, name, None)
-        if wanted is not None and wanted.kind == kind and value is not None:
-            return str(value)
-    return None
-
-
-def is_hub_name(text: str) -> bool:
-    """True for organisation/name.
-
-    >>> is_hub_name("meta-llama/Llama-2-7b-chat-hf"), is_hub_name("./models/x"), is_hub_name("models/x.gguf")
-    (True, False, False)
-    """
-    head, slash, tail = text.partition("/")
-    return bool(slash and head and tail) and "/" not in tail and head[0] not in "./~" and not tail.endswith(".gguf")
-
-
 def _existing(text: str, stage: str, facts: Facts) -> str:
     path = facts.path(text)
     if path is None:
@@ -370,25 +245,3 @@ def _existing(text: str, stage: str, facts: Facts) -> str:
             hint="paths in hpc.toml count from its folder; check the spelling",
         )
     return path
-
-
-def _with_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> Any:
-    """The config with every path that it names made absolute."""
-    changes: dict[str, Any] = dict(absolute)
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        if isinstance(value, str) and value in files:
-            changes[name] = files[value]
-        elif isinstance(value, tuple) and any(v in files for v in value):
-            changes[name] = tuple(files.get(v, v) for v in value)
-    return dataclasses.replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
-
-
-def _without_paths(config: Any, absolute: Mapping[str, str], files: Mapping[str, str]) -> dict[str, Any]:
-    """The config as it counts in the key: a path counts by its content, not by where it lies."""
-    gone = {*absolute.values(), *files.values()}
-    return {k: None if _is_path(v, gone) else v for k, v in configs.encode(config).items()}
-
-
-def _is_path(value: Any, paths: set[str]) -> bool:
-    return value in paths if isinstance(value, str) else isinstance(value, list) and any(v in paths for v in value)

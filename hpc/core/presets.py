@@ -14,10 +14,12 @@ _LAB: Mapping[str, Any] = {
 
 FINETUNE: Mapping[str, Mapping[str, Any]] = {
     "lab-mig20": {
-        **_LAB, "epochs": 2.0, "batch_size": 1, "grad_accum": 1, "max_length": 512, "save_steps": 25, "logging_steps": 25,
+        **_LAB, "epochs": 2.0, "batch_size": 1, "grad_accum": 1, "max_length": 512, "save_steps": 25,
+        "logging_steps": 25,
     },
     "lab-a100": {
-        **_LAB, "epochs": 5.0, "batch_size": 4, "grad_accum": 4, "max_length": 1024, "save_steps": 50, "logging_steps": 50,
+        **_LAB, "epochs": 5.0, "batch_size": 4, "grad_accum": 4, "max_length": 1024, "save_steps": 50,
+        "logging_steps": 50,
     },
     "challenge": {
         **_LAB, "lora_r": 16, "lora_alpha": 32, "learning_rate": 1e-4, "lr_scheduler": "cosine", "warmup_ratio": 0.05,

@@ -55,6 +55,11 @@ class AttemptDir:
         return self.path / "error.json"
 
     @property
+    def remark(self) -> Path:
+        """What the runner says of a stage that completes."""
+        return self.path / "remark.json"
+
+    @property
     def outcome(self) -> Path:
         return self.path / "outcome.json"
 
@@ -76,6 +81,24 @@ class AttemptDir:
     def stop(self) -> Path:
         """Written by `hpc cancel`: the end that follows was asked for."""
         return self.path / "cancelled.json"
+
+    def of_task(self, number: int) -> AttemptDir:
+        """Where a task of the job writes: the first one here, each other one in a folder of its own."""
+        return AttemptDir(self.path / f"task-{number}") if number else self
+
+    @property
+    def successor(self) -> Path:
+        """The job.json of a service's next job, until it takes over from the one before."""
+        return self.path / "successor.json"
+
+    @property
+    def number(self) -> int:
+        return int(self.path.name.rpartition("-")[2])
+
+    @property
+    def stopped(self) -> Path:
+        """Written by the first of several ranks: all have saved, as they were asked to."""
+        return self.path / "stopped"
 
     @property
     def scheduler(self) -> Path:
@@ -128,6 +151,11 @@ class StageDir:
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.path / f"attempt-{number}")
+
+    def successors(self) -> list[AttemptDir]:
+        """A service's jobs that are to take over, the next one first."""
+        found = (AttemptDir(path.parent) for path in self.path.glob("attempt-*/successor.json"))
+        return sorted(found, key=lambda attempt: attempt.number)
 
     def done(self, key: str) -> bool:
         """True where a manifest with this key exists."""
@@ -208,6 +236,11 @@ class RunsDir:
         """The folder that the next run of that name gets: its number is one above the highest."""
         numbers = self.numbers()
         return RunDir(self.path / f"{name}-{numbers[0][0] + 1 if numbers else 1}")
+
+
+def task_number(tasks: int) -> int:
+    """Which of the job's tasks this is, as srun tells it; 0 where it is the only one."""
+    return int(os.environ.get("SLURM_PROCID", "0")) if tasks > 1 else 0
 
 
 def _scan(path: Path) -> list[os.DirEntry[str]]:

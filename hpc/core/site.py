@@ -24,6 +24,8 @@ class Site:
     """The gres name, with its type where the site has one: gpu, gpu:a100, gpu:1g.10gb."""
     gpu: str | None = None
     """The card, where `gres` does not tell it: a100-40, h100, l40s, …; for estimates of memory."""
+    mpi: str = "pmix"
+    """How srun starts the ranks of a job on several nodes (srun --mpi=list): it must fit the image's MPI."""
     mem: bool = True
     """Ask for memory (--mem). Some sites give whole nodes and refuse it."""
     images: str | None = None
@@ -57,10 +59,14 @@ class Site:
     reach: Literal["direct", "jump", "relay"] = "direct"
     """How a service on a node is reached from the login node: node:port answers there; by ssh to the node; or by bytes
     over `srun --overlap`. With the latter two a service listens on the node's loopback alone."""
+    network: Literal["nodes", "login"] = "nodes"
+    """Where the internet is reached: from the compute nodes, or from the login node alone. What needs it runs there."""
     python: str | None = None
     """The host's Python on the compute nodes; None: the one that runs `hpc`."""
     signal_delay_s: int = 90
     """Seconds between the warning signal and the time limit: long enough to save a checkpoint."""
+    requeue: int = 0
+    """How often a job that has saved its work at the time limit is queued again by itself."""
     heartbeat_s: int = 30
     """Seconds between two heartbeats of a running job."""
 

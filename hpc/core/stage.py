@@ -16,10 +16,13 @@ if TYPE_CHECKING:  # the node and the image import this file while the user wait
     from hpc.core.shape import Shape
     from hpc.core.site import Site
 
-Kind = Literal["dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report"]
-Launcher = Literal["python", "workers", "torchrun"]
+Kind = Literal[
+    "records", "dataset", "hf_model", "lora_adapter", "trtllm_checkpoint", "engine", "endpoint", "report",
+]  # fmt: skip
+Launcher = Literal["python", "workers", "torchrun", "mpi"]
 """python: one process, which can use one GPU; workers: one process that starts others, one for each GPU of its node;
-torchrun: a process for each GPU, on any number of nodes."""
+torchrun: a process for each GPU, on any number of nodes; mpi: as workers on one node, and on several a task of Slurm
+for each GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,10 @@ class Resources:
     nodes: int = 1
     gpus_per_node: int = 0
     cpus_per_task: int = 4
+    tasks_per_node: int = 1
+    """Processes that Slurm starts on each node, as ranks of MPI where there are several."""
+    exclusive: bool = False
+    """Whole nodes, for this job alone."""
     mem_gb: int = 16
     """Host memory per node, GiB."""
     time_min: int = 60
@@ -38,6 +45,11 @@ class Resources:
     def gpus(self) -> int:
         """GPUs on all nodes."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def tasks(self) -> int:
+        """Processes that Slurm starts, on all nodes."""
+        return self.nodes * self.tasks_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +64,8 @@ class Input:
     kind: Kind
     optional: bool = False
     """The stage can do without: where nothing gives it, `ctx.inputs` does not have it."""
+    original: bool = False
+    """It is what the nearest earlier stage with an input of this name got, not what stages since then made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +120,9 @@ class Context(Protocol):
     def event(self, phase: str, **values: Any) -> None:
         """Say what phase the work is in, e.g. `ready`; shown by `hpc status`."""
 
+    def remark(self, text: str) -> None:
+        """One sentence that `hpc status` and `hpc logs` show when the stage has completed. The last one counts."""
+
     def stopping(self) -> bool:
         """True once the scheduler asked the job to end (preemption, time limit): save and return soon."""
 
@@ -135,10 +152,14 @@ class Stage:
     private: bool = False
     """A service with a network and a shared memory of its own, which no other user of the node can reach. Its ports are
     opened outside, and handed in."""
+    succession: Callable[[Any], tuple[int, int]] = field(default=lambda config: (0, 0))
+    """config -> how many jobs take over from a service one after another; minutes before its limit that each starts."""
     ports: tuple[str, ...] = ("http",)
     """Their names; the first one answers HTTP."""
     check: Callable[[Any], None] | None = None
     """Looks at config and files before anything is queued; raises an HpcError. Standard library, seconds at most."""
+    network: bool = False
+    """It fetches from the internet: it runs on the login node where the site's nodes have none."""
     launcher: Launcher = "python"
     settings_of: str | None = None
     """Another stage: the fields that both have are set there, for both."""

@@ -10,30 +10,36 @@ from typing import Any
 
 
 class Template:
-    """The chat template of a tokenizer's folder, in a sandbox: it came with the model."""
+    """The chat template of a tokenizer's folder, in a sandbox: it came with the model.
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    `text`: another one in its place; `tokens`: special tokens where the folder names none, or is None.
+    """
+
+    def __init__(self, folder: Path | None, *, text: str = "", tokens: Mapping[str, str] | None = None) -> None:
+        path = folder / "tokenizer_config.json" if folder is not None else None
+        settings = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
         self._tokens = {
-            name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            name: _token(settings.get(name)) or (tokens or {}).get(name, "")
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
-        text = _text(folder, settings)
+        text = text or (_text(folder, settings) if folder is not None else "")
         self._template = _environment().from_string(text) if text else None
 
     def __bool__(self) -> bool:
         """Whether the model has one."""
         return self._template is not None
 
-    def render(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None) -> str:
-        """The prompt; ValueError where the template refuses the messages."""
+    def render(
+        self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None, *, prompt: bool = True
+    ) -> str:
+        """The text, and with `prompt` how an answer begins; ValueError where the template refuses the messages."""
         import jinja2
 
         if self._template is None:
             raise ValueError("this model has no chat template: use /v1/completions")
         try:
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=True, **{**self._tokens, **(extra or {})}
+                messages=messages, add_generation_prompt=prompt, **{**self._tokens, **(extra or {})}
             )
         except jinja2.TemplateError as failed:
             raise ValueError(f"the model's chat template refuses this: {failed}") from failed
@@ -57,7 +63,17 @@ def _token(value: Any) -> str:
 
 def _environment() -> Any:
     import jinja2
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):  # type: ignore[misc]
+        """{% generation %} marks answers in some templates, for training; it writes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -66,7 +82,7 @@ def _environment() -> Any:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse

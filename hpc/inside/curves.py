@@ -1,19 +1,16 @@
-"""
-What a training logs, kept as it comes: lines of JSON for programs, and TensorBoard's own file for a person.
-
-TensorBoard's library would take a second and 100 MB to write a few floats: its file is records of protocol buffers with
-a checksum, which the standard library can write. Standard library only.
-"""
+"""What a training logs, kept as it comes: lines of JSON for programs, and TensorBoard's own file for a person."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import struct
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from hpc.inside import once
 
 FOLDER = "training"
 """In the stage's folder."""
@@ -24,32 +21,35 @@ class Curves:
     """The logs of one attempt; what an earlier one logged after the checkpoint that is resumed is taken out."""
 
     def __init__(self, folder: Path, resumed: int) -> None:
-        (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / LOG
         kept = [entry for entry in read(self._log) if entry["step"] <= resumed]
         part = self._log.with_suffix(".part")
         part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         os.replace(part, self._log)
-        now = time.time()
-        name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
-        self._events = folder / "tensorboard" / name
-        self._put(_message(1, now) + _field(3, b"brain.Event:2"))
-        if resumed:  # SessionLog.START: TensorBoard forgets what it has of later steps
-            self._put(_message(1, now) + _varint_field(2, resumed + 1) + _field(7, _varint_field(1, 1)))
+        hidden = resumed + 1 if resumed else None  # TensorBoard forgets what it has of later steps
+        self._events = _writer(folder / "tensorboard", hidden)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        now = time.time()
         with open(self._log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"t": round(now, 3), "step": step, **values}) + "\n")
-        scalars = b"".join(
-            _field(1, _field(1, name.encode()) + b"\x15" + struct.pack("<f", value)) for name, value in values.items()
-        )
-        self._put(_message(1, now) + _varint_field(2, step) + _field(5, scalars))
+            file.write(json.dumps({"t": round(time.time(), 3), "step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
 
-    def _put(self, event: bytes) -> None:
-        length = struct.pack("<Q", len(event))
-        with open(self._events, "ab") as file:
-            file.write(length + _checksum(length) + event + _checksum(event))
+
+def _writer(folder: Path, hidden: int | None) -> Any:
+    """TensorBoard's; None in an image without it, where the lines of JSON are all there is."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, once.REQUESTS)  # its thread never takes the scheduler's requests
+    try:
+        return SummaryWriter(str(folder), purge_step=hidden)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read(log: Path) -> list[dict[str, float]]:
@@ -65,45 +65,3 @@ def read(log: Path) -> list[dict[str, float]]:
         except ValueError:
             continue
     return entries
-
-
-def _message(number: int, value: float) -> bytes:
-    return bytes([number << 3 | 1]) + struct.pack("<d", value)
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + _varint(len(data)) + data
-
-
-def _varint_field(number: int, value: int) -> bytes:
-    return bytes([number << 3]) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
-
-
-def _table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_CRC32C = _table()
-
-
-def _checksum(data: bytes) -> bytes:
-    """CRC-32C, turned and shifted as the format wants it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

@@ -59,7 +59,8 @@ class Door:
 
     def __init__(self, token: str, upstream: str, metrics: str = "", stop_model: str = "") -> None:
         self.token, self.upstream, self.metrics = token, upstream, metrics
-        self.ready = self.closing = False
+        self.ready = self.moved = self.closing = False
+        """It has been; another has taken its place, but requests are still taken; they are taken no more."""
         self.figures = Figures()
         self._stop_model = stop_model
         self._session: Any = None
@@ -136,7 +137,7 @@ class Door:
     async def _health(self, request: Request) -> Response:
         from aiohttp import web
 
-        good = self.ready and not self.closing
+        good = self.ready and not self.moved and not self.closing
         return web.json_response({"ready": good, "running": self.running}, status=200 if good else 503)
 
     async def _metrics(self, request: Request) -> Response:

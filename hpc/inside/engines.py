@@ -26,7 +26,7 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import models
+from hpc.inside import loras, meeting, models, onnxgraph
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -44,16 +44,22 @@ def onnx(config: Any, ctx: Context, part: Path) -> None:
     plain = _config(model)
     precision = "int4" if config.quantization == "int4" else "fp32"
     work = ctx.cache / "onnx" / f"{os.uname().nodename}-{os.getpid()}"
+    chosen = loras.named(config.lora)
+    # the output matrix is needed for the last token alone; an adapter changes q, k and v each for itself
+    options = ("prune_lm_head=true", *(("disable_qkv_fusion=true",) if chosen else ()))
     argv = (sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(part),
-            "-p", precision, "-e", "cpu", "-c", str(work))  # fmt: skip
+            "-p", precision, "-e", "cpu", "-c", str(work), "--extra_options", *options)  # fmt: skip
     ctx.progress(0, 1, "building")
     try:
-        _run(argv, ctx, cwd=part.parent)
+        run_program(argv, ctx, cwd=part.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     made = rundir.read_json(part / "genai_config.json")
     if made is None or not (part / "model.onnx").is_file():
         raise VerificationFailed(f"the builder ended well, but {part.name} has no model.onnx and genai_config.json")
+    onnxgraph.refuse(part / "model.onnx")
+    if chosen:
+        loras.add(part, chosen)
     _copy_tokenizer(model, part)
     positions = int(made.get("model", {}).get("context_length") or plain.get("max_position_embeddings") or 2048)
     longest = min(config.max_seq_len or positions, positions)
@@ -104,7 +110,7 @@ def checkpoints(config: Any, ctx: Context, part: Path) -> None:
     _check_flags(argv, version)
     ctx.metric(tensorrt_llm=version, argv=list(argv))
     ctx.progress(0, 1, "converting")
-    _run(argv, ctx, cwd=part.parent)
+    run_program(argv, ctx, cwd=part.parent)
     if calibration is not None:
         shutil.rmtree(calibration)
     _refuse_ranks(part, "rank{}.safetensors", config.tp_size, config.pp_size)
@@ -141,11 +147,8 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         )
     cards = gpus()
     name, compute = cards[0]
-    if len(set(cards)) > 1:
-        raise HpcError(
-            f"the job's GPUs are not of one kind: {', '.join(sorted({c[0] for c in cards}))}",
-            hint="an engine runs only on the kind that built it: ask for one kind (gres in the site profile)",
-        )
+    refuse_kinds(cards)
+    ranks = meeting.of(ctx.folder, os.environ)
     quantization, cache = trtllm.precision(plain.get("quantization") or {})
     positions = int(plain.get("max_position_embeddings") or 2048)
     longest = config.max_seq_len or min(positions, engines.LONGEST)
@@ -163,12 +166,20 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         max_beam_width=config.max_beam_width,
         lora_modules=tuple(config.lora_modules),
         max_lora_rank=config.max_lora_rank,
-        workers=min(len(cards), tp * pp),
+        workers=1 if ranks.world > 1 else min(len(cards), tp * pp),
     )
     _check_flags(argv, version)
     ctx.metric(tensorrt_llm=version, argv=list(argv), gpu=name)
     ctx.progress(0, tp * pp, "building")
-    _run(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
+    ranks.tell(argv=argv, cards=cards[0])
+    try:
+        run_program(argv, ctx, cwd=part.parent, done=lambda: len(list(part.glob("rank*.engine"))), total=tp * pp)
+        ranks.wait(ctx.stopping)
+    except HpcError:
+        ranks.look()  # what another one says is the reason, where there is something
+        raise
+    finally:
+        ranks.over()
     _refuse_ranks(part, "rank{}.engine", tp, pp)
     said = str((rundir.read_json(part / "config.json") or {}).get("version", version))
     if said != version:
@@ -191,6 +202,15 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         max_input_len=prompt,
         max_seq_len=longest,
     ), ctx)  # fmt: skip
+
+
+def refuse_kinds(cards: Sequence[tuple[str, ...]]) -> None:
+    """HpcError where they are not of one kind."""
+    if len(set(cards)) > 1:
+        raise HpcError(
+            f"the job's GPUs are not of one kind: {', '.join(sorted({c[0] for c in cards}))}",
+            hint="an engine runs only on the kind that built it: ask for one kind (gres in the site profile)",
+        )
 
 
 def gpus() -> list[tuple[str, str]]:
@@ -280,7 +300,9 @@ def _check_flags(argv: Sequence[str], version: str) -> None:
         )
 
 
-def _run(argv: Sequence[str], ctx: Context, *, cwd: Path, done: Callable[[], int] = lambda: 0, total: int = 1) -> None:
+def run_program(
+    argv: Sequence[str], ctx: Context, *, cwd: Path, done: Callable[[], int] = lambda: 0, total: int = 1
+) -> None:
     """Run a program to its end; HpcError with its last line where it fails. It ends where the job is asked to.
 
     `done` counts what it has made of `total`; for the progress.

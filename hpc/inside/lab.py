@@ -213,7 +213,8 @@ def _as_typed(value: Any, hint: Any) -> Any:
         value = str(value)
     if typing.get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
-        return tuple(str(v) if isinstance(v, Path) else v for v in items) if isinstance(items, list | tuple) else value
+        texts = typing.get_args(hint)[0] is str
+        return tuple(map(str, items) if texts else items) if isinstance(items, list | tuple) else value
     return value
 
 

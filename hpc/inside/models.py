@@ -7,11 +7,13 @@ Standard library at module level; the libraries of the train environment are imp
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,33 +137,13 @@ def compute_dtype(asked: Dtype) -> str:
     return ("bfloat16" if has_bf16 else "float16") if asked == "auto" else asked
 
 
-def answer(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 96) -> str:
-    """The model's greedy answer to one question, through the chat template."""
-    import torch
-
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with torch.inference_mode():
-        tokens = model.generate(
-            **prompt,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-        )
-    return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
 def ask(folder: Path, dtype: str, tokenizer: Any, question: str) -> str:
     """The answer of the model in a folder; it is in memory only meanwhile."""
-    return answer(load(folder, dtype), tokenizer, question)
+    from hpc.inside import answering
+
+    return answering.answers(
+        load(folder, dtype), tokenizer, [[{"role": "user", "content": question}]], max_new_tokens=96, batch_size=1
+    )[0]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -198,8 +180,9 @@ def _set_modes(folder: Path, readable: bool) -> None:
     mask = 0 if readable else umask
     for name, _, files in os.walk(folder):
         os.chmod(name, 0o755 & ~mask | 0o700)
-        for file in files:
-            os.chmod(os.path.join(name, file), 0o644 & ~mask | 0o600)
+        for path in (os.path.join(name, file) for file in files):
+            if os.stat(path).st_nlink == 1:  # else it is somebody's elsewhere, too
+                os.chmod(path, 0o644 & ~mask | 0o600)
 
 
 def _from_gguf(file: Path, cache: Path) -> Path:
@@ -211,6 +194,14 @@ def _from_gguf(file: Path, cache: Path) -> Path:
     if made.is_dir():
         return made
     made.parent.mkdir(parents=True, exist_ok=True)
+    (cache / "locks").mkdir(exist_ok=True)
+    with open(cache / "locks" / key, "w") as lock:  # several ranks, or jobs: the second finds it made
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return made if made.is_dir() else _converted(file, made)
+
+
+def _converted(file: Path, made: Path) -> Path:
     part = Path(tempfile.mkdtemp(dir=made.parent, prefix=".part-"))
     try:
         _dequantise(file, part)
@@ -238,7 +229,7 @@ def _dequantise(file: Path, target: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise HpcError(
             f"cannot read {file}: {_line(error)}", hint="is it a whole GGUF file of a known kind?"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.inside.chat import Template
@@ -40,6 +40,8 @@ class Served:
     cumulative: bool = False
     """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
     streams: bool = True
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Names that a request may give for the model's -> what Triton's model is told then: LoRA adapters."""
 
 
 def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     stops = _stops(body.get("stop"))
     if stops:
         words["stop_words"] = stops
+    words.update(served.adapters.get(str(body.get("model")), {}))
     for name in ("repetition_penalty", "min_tokens"):
         if body.get(name) is not None:
             words[name] = body[name]
@@ -140,17 +143,20 @@ class Api:
         from aiohttp import web
 
         served = self._served
-        entry = {
-            "id": served.name, "object": "model", "created": self._began, "owned_by": "hpc",
+        common = {
+            "object": "model", "created": self._began, "owned_by": "hpc",
             "max_tokens": served.max_tokens, "chat": bool(self._template),
         }  # fmt: skip
-        name = request.match_info.get("name")
-        if name is None:
-            return web.json_response({"object": "list", "data": [entry]})
-        return web.json_response(entry) if name == served.name else self._unknown(name)
+        entries = {served.name: {"id": served.name, **common}}
+        entries |= {name: {"id": name, **common, "parent": served.name} for name in served.adapters}
+        asked = request.match_info.get("name")
+        if asked is None:
+            return web.json_response({"object": "list", "data": list(entries.values())})
+        return web.json_response(entries[asked]) if asked in entries else self._unknown(asked)
 
     def _unknown(self, name: object) -> Response:
-        return error(404, f"there is no model {name!r} here: it is {self._served.name!r}", "not_found", "model")
+        known = " or ".join(map(repr, (self._served.name, *self._served.adapters)))
+        return error(404, f"there is no model {name!r} here: it is {known}", "not_found", "model")
 
     async def _chat(self, request: Request) -> Response:
         def words(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,12 +179,12 @@ class Api:
             body = json.loads(await request.read())
             if not isinstance(body, dict):
                 raise Invalid("the body must be a JSON object")
-            if body.get("model") not in (None, self._served.name):
+            if body.get("model") not in (None, self._served.name, *self._served.adapters):
                 return self._unknown(body["model"])
             words = make(body)
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
-        form = _Form(self._served.name, chat=chat)
+        form = _Form(str(body.get("model") or self._served.name), chat=chat)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)

@@ -22,7 +22,7 @@ _SEEN = 1e-3
 
 
 def packed(rows: Sequence[Row], max_length: int, seed: int) -> list[Row]:
-    """The rows in as few of at most `max_length` tokens as best fit, longest first, finds; which lie together is random."""
+    """The rows in as few of at most `max_length` tokens as best fit, longest first, finds; shuffled within a length."""
     order = list(rows)
     random.Random(seed).shuffle(order)
     order.sort(key=lambda row: -len(row["input_ids"]))  # stable: rows of one length stay shuffled

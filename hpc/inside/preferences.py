@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import UsageError
+from hpc.inside import sources
 
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -28,6 +31,13 @@ class Pair:
     rejected: str
     dropped: str = ""
     """Why nothing can be learnt from it."""
+
+
+def read(path: Path, limit: int | None = None) -> Iterator[Pair]:
+    """The pairs of one file, in order; `limit`: of its first so many bytes. UsageError, with the line, for a fault."""
+    for piece in sources.pieces(path, limit):
+        for number, value in sources.values(piece):
+            yield pair(value, f"{piece.name} {piece.unit} {number}")
 
 
 def pair(value: Any, where: str) -> Pair:

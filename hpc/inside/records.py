@@ -1,13 +1,14 @@
 """
-Records of training data: JSON files of three known forms -> chat messages. Standard library only.
+Records of training data -> chat messages. Standard library only, but for the reading of Parquet and Arrow.
 
     guanaco    {"text": "### Human: … ### Assistant: …"}
-    alpaca     {"instruction": …, "input": …, "output": …}
+    alpaca     {"instruction": …, "input": …, "output": …}, also with context and response, or prompt and completion
     messages   {"messages": [{"role": …, "content": …}]}
-               or ShareGPT's {"conversations": [{"from": …, "value": …}]}
+    sharegpt   {"conversations": [{"from": …, "value": …}]}
+    dialogue   {"dialogue": …, "summary": …}, or TweetSumm's {"log": […], "original dialog info": …}
 
-A file is JSON Lines, or one JSON array. What can't be read at all is a UsageError with file and line; what
-can be read but not learnt from is a Row without messages that says why, so that nothing is lost in silence.
+What can't be read at all is a UsageError with file and line; what can be read but not learnt from is a Row without
+messages that says why, so that nothing is lost in silence.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc.core.errors import UsageError
+from hpc.inside import sources
 
-Format = Literal["auto", "guanaco", "alpaca", "messages"]
+Format = Literal["auto", "guanaco", "alpaca", "messages", "sharegpt", "dialogue"]
 Message = dict[str, str]
 Turn = tuple[str, str]
 
-_CHUNK = 1 << 20
-_BOM = b"\xef\xbb\xbf"
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"),
@@ -34,6 +34,11 @@ _ROLES = {
 }
 _SPEAKER = re.compile(r"###\s*(Human|Assistant):")
 """Only the two speakers' names divide a text: a heading such as `### Steps` belongs to the answer."""
+_PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion"))
+"""Names of question, its material, and answer."""
+_SUMMARISE = "Write a summary of the conversation below."
+_NOISE = re.compile(r"https?://\S+|@\w+|\^\S+")
+"""Of support chats on Twitter: links, names of accounts, and the agents' initials."""
 
 
 @dataclass(frozen=True)
@@ -48,59 +53,84 @@ class Row:
     """Why `messages` is empty."""
     unanswered: int = 0
     """Turns at the end that were cut off because no answer follows."""
+    number: int = 0
+    """Its line, or row."""
 
 
 def read(path: Path, form: Format = "auto", limit: int | None = None) -> Iterator[Row]:
     """
-    The records of one file, in order. `limit`: look at the first so many bytes only, whole records.
+    The records of one file, in order. `limit`: look at about the first so many bytes only, whole records.
 
     UsageError, with file and line, for what is not JSON, not UTF-8 or not of a known form.
     """
-    known: Format = form
-    for where, value in _values(path, limit):
-        if not isinstance(value, dict):
-            raise UsageError(f"{where}: not a JSON object", hint="each record must be one {…}")
-        if known == "auto":
-            known = detect(value, where)
-        yield _row(where, _TURNS[known](value, where))
+    for piece in sources.pieces(path, limit):
+        form = form_of(piece) if form == "auto" else form
+        yield from rows(piece, form)
+
+
+def rows(piece: sources.Piece, form: Format = "auto") -> Iterator[Row]:
+    """The records of one piece of a file."""
+    for number, value in sources.values(piece):
+        where = f"{piece.name} {piece.unit} {number}"
+        form = detect(_object(value, where), where) if form == "auto" else form
+        yield _row(where, number, _TURNS[form](_object(value, where), where))
+
+
+def form_of(piece: sources.Piece) -> Format:
+    """The form of the piece's first record; auto where it has none."""
+    for number, value in sources.values(piece):
+        where = f"{piece.name} {piece.unit} {number}"
+        return detect(_object(value, where), where)
+    return "auto"
 
 
 def detect(value: dict[str, Any], where: str) -> Format:
     """The form of a record by its keys; UsageError where it is none of the known ones."""
-    if "messages" in value or "conversations" in value:
+    if "messages" in value:
         return "messages"
-    if "instruction" in value and "output" in value:
+    if "conversations" in value:
+        return "sharegpt"
+    if _pair(value):
         return "alpaca"
+    if ("dialogue" in value and "summary" in value) or ("log" in value and "original dialog info" in value):
+        return "dialogue"
     if isinstance(value.get("text"), str) and _SPEAKER.search(value["text"]):
         return "guanaco"
     raise UsageError(
         f"{where}: unknown form of record, with the keys {', '.join(sorted(value)) or '(none)'}",
-        hint="expected text with '### Human: … ### Assistant: …', or instruction and output, or messages",
+        hint="expected text with '### Human: … ### Assistant: …', or instruction and output, or messages,"
+        " or dialogue and summary",
     )
 
 
-def _row(where: str, turns: list[Turn]) -> Row:
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: not a JSON object", hint="each record must be one {…}")
+    return value
+
+
+def _row(where: str, number: int, turns: list[Turn]) -> Row:
     """Chat messages of the turns; whatever can't be trained on is named, not repaired by guessing."""
     system = turns[:1] if turns and _ROLES.get(turns[0][0]) == "system" else []
     turns = turns[len(system) :]
     if not any(text for _, text in turns):
-        return Row(where, (), "empty")
+        return Row(where, (), "empty", number=number)
     for role, _ in turns:
         if _ROLES.get(role) not in ("user", "assistant"):
-            return Row(where, (), f"role not known: {role[:20]}")
+            return Row(where, (), f"role not known: {role[:20]}", number=number)
     answered = len(turns)
     while answered and (_ROLES[turns[answered - 1][0]] == "user" or not turns[answered - 1][1]):
         answered -= 1
     if not answered:
-        return Row(where, (), "no answer")
+        return Row(where, (), "no answer", number=number)
     kept, unanswered = turns[:answered], len(turns) - answered
     if any(_ROLES[role] != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(kept)):
-        return Row(where, (), "turns out of order")
+        return Row(where, (), "turns out of order", number=number)
     if not all(text for _, text in kept):
-        return Row(where, (), "empty turn")
+        return Row(where, (), "empty turn", number=number)
     system = [turn for turn in system if turn[1]]
     messages = tuple({"role": _ROLES[role], "content": text} for role, text in (*system, *kept))
-    return Row(where, messages, unanswered=unanswered)
+    return Row(where, messages, unanswered=unanswered, number=number)
 
 
 def _guanaco(value: dict[str, Any], where: str) -> list[Turn]:
@@ -111,11 +141,16 @@ def _guanaco(value: dict[str, Any], where: str) -> list[Turn]:
     return [(role.lower(), said.strip()) for role, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
+def _pair(value: dict[str, Any]) -> tuple[str, str, str] | None:
+    return next((names for names in _PAIRS if names[0] in value and names[2] in value), None)
+
+
 def _alpaca(value: dict[str, Any], where: str) -> list[Turn]:
-    asked = [_text(value, "instruction", where), _text(value, "input", where, missing="")]
+    question, material, answer = _pair(value) or _PAIRS[0]
+    asked = [_text(value, question, where), _text(value, material, where, missing="")]
     turns = [
         ("user", "\n\n".join(part for part in asked if part)),
-        ("assistant", _text(value, "output", where)),
+        ("assistant", _text(value, answer, where)),
     ]
     system = _text(value, "system", where, missing="")
     return [("system", system), *turns] if system else turns
@@ -123,94 +158,71 @@ def _alpaca(value: dict[str, Any], where: str) -> list[Turn]:
 
 def _messages(value: dict[str, Any], where: str) -> list[Turn]:
     sharegpt = "messages" not in value
-    turns = value.get("conversations" if sharegpt else "messages")
-    role, content = ("from", "value") if sharegpt else ("role", "content")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UsageError(f"{where}: the messages are not a list of objects", hint=f"expected [{{{role}, {content}}}]")
-    return [(_text(turn, role, where), _text(turn, content, where)) for turn in turns]
+    key, role, content = ("conversations", "from", "value") if sharegpt else ("messages", "role", "content")
+    said = value.get(key)
+    if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
+        raise UsageError(f"{where}: the {key} are not a list of objects", hint="mend the record")
+    turns = [(_text(turn, role, where), _with_reasoning(turn, _text(turn, content, where), where)) for turn in said]
+    system = _text(value, "system", where, missing="") if sharegpt else ""
+    return [("system", system), *turns] if system and (not turns or turns[0][0] != "system") else turns
 
 
-_TURNS = {"guanaco": _guanaco, "alpaca": _alpaca, "messages": _messages}
+def _with_reasoning(turn: dict[str, Any], answer: str, where: str) -> str:
+    """The answer, after the reasoning that some data sets keep beside it."""
+    reasoning = _text(turn, "reasoning_content", where, missing="") or _text(turn, "thinking", where, missing="")
+    return f"<think>\n{reasoning}\n</think>\n\n{answer}" if reasoning and answer else answer
+
+
+def _dialogue(value: dict[str, Any], where: str) -> list[Turn]:
+    if "log" in value:
+        said, summary = _tweets(value, where)
+    else:
+        said, summary = _text(value, "dialogue", where), _text(value, "summary", where)
+    return [("user", f"{_SUMMARISE}\n\n{said}" if said else ""), ("assistant", summary)]
+
+
+def _tweets(value: dict[str, Any], where: str) -> tuple[str, str]:
+    """(conversation, summary) of TweetSumm as DialogStudio has it: the first of the summaries people wrote."""
+    try:
+        info = value["original dialog info"]
+        info = json.loads(info) if isinstance(info, str) else info
+        summary = " ".join(info["summaries"]["abstractive_summaries"][0])
+        turns = [(turn["user utterance"], turn["system response"]) for turn in value["log"]]
+        lines = [
+            f"{who}: {clean}" for turn in turns for who, clean in zip(("user", "agent"), map(_clean, turn), strict=True)
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{where}: a log without turns, or without a summary people wrote", hint="mend or delete the record"
+        ) from error
+    return "\n".join(lines), summary.strip()
+
+
+def _clean(text: str) -> str:
+    return " ".join(_NOISE.sub(" ", text).split())
+
+
+_TURNS = {
+    "guanaco": _guanaco,
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "sharegpt": _messages,
+    "dialogue": _dialogue,
+}
 
 
 def _text(value: dict[str, Any], key: str, where: str, missing: str | None = None) -> str:
     text = value.get(key)
     if text is None and missing is not None:
         return missing
+    if isinstance(text, list) and text and all(isinstance(p, dict) and p.get("type") == "text" for p in text):
+        text = "".join(str(part.get("text", "")) for part in text)
     if not isinstance(text, str):
-        raise UsageError(f"{where}: '{key}' must be a text, not {json.dumps(text)[:40]}", hint="mend the record")
+        raise UsageError(
+            f"{where}: '{key}' must be a text, not {json.dumps(text, default=str)[:40]}", hint="mend the record"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: '{key}' holds half of a \\u surrogate pair", hint="mend the record") from error
     return text.strip()
-
-
-def _values(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
-    """(file and line, JSON value) of each record."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_CHUNK).removeprefix(_BOM).lstrip()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", hint="check the path and its rights") from error
-    return _array(path, limit) if head.startswith(b"[") else _lines(path, limit)
-
-
-def _lines(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
-    read_bytes = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            read_bytes += len(line)
-            if limit is not None and read_bytes > limit:
-                return
-            where = f"{path.name} line {number}"
-            text = _utf8(line.removeprefix(_BOM) if number == 1 else line, where).strip()
-            if not text:
-                continue
-            try:
-                yield where, json.loads(text)
-            except ValueError as error:
-                raise UsageError(
-                    f"{where}: not valid JSON",
-                    hint="each line must be one whole JSON object; mend or delete it",
-                ) from error
-
-
-def _array(path: Path, limit: int | None) -> Iterator[tuple[str, Any]]:
-    """The items of one JSON array, decoded one by one so that an error has a line."""
-    with open(path, "rb") as file:
-        data = file.read() if limit is None else file.read(limit)
-        whole = not file.read(1)
-    text = _utf8(data.removeprefix(_BOM), path.name) if whole else data.removeprefix(_BOM).decode("utf-8", "ignore")
-    decoder, line, seen = json.JSONDecoder(), 1, 0
-    at = _skip(text, text.index("[") + 1, "")
-    while text[at : at + 1] != "]":
-        line, seen = line + text.count("\n", seen, at), at
-        where = f"{path.name} line {line}"
-        try:
-            value, end = decoder.raw_decode(text, at)
-            after = _skip(text, end, "")
-            if text[after : after + 1] not in ("", ",", "]"):
-                raise ValueError
-        except ValueError as error:
-            if not whole:  # cut off by the limit
-                return
-            raise UsageError(f"{where}: not valid JSON", hint="mend the array near this line") from error
-        yield where, value
-        at = _skip(text, end, ",")
-    if whole and text[at + 1 :].strip():
-        raise UsageError(f"{path.name}: text follows the JSON array", hint="a file is one array, or one object a line")
-
-
-def _skip(text: str, at: int, also: str) -> int:
-    """The next place that is neither blank nor one of `also`."""
-    while at < len(text) and (text[at].isspace() or text[at] in also):
-        at += 1
-    return at
-
-
-def _utf8(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 text", hint="convert it, e.g. iconv -f latin1 -t utf8") from error

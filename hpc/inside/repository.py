@@ -56,6 +56,9 @@ class Settings:
     lora_data_type: str = "TYPE_FP16"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    enable_lora: bool = False
+    lora_config: str = "null"
+    """For llmapi, as YAML in one line."""
 
 
 _ENGINE_PARAMETERS = (

@@ -103,10 +103,11 @@ class _Every:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, ENDING)
             await asyncio.wait({inward})
             if await call.code() != grpc.StatusCode.OK:
+                requests.failed = True
                 await context.abort(await call.code(), await call.details(), await call.trailing_metadata() or ())
             context.set_trailing_metadata(await call.trailing_metadata() or ())
         finally:
-            if not requests.leave() and not inward.done():  # nothing to tell, or nobody who would listen
+            if not requests.leave(answered=inward.done()):  # nothing to tell, or nobody who would listen
                 call.cancel()
             task = asyncio.ensure_future(_rest(outward, inward, requests))
             self._reading.add(task)
@@ -155,7 +156,7 @@ class _Other:
     """A call that asks for no answer of a model: its messages are passed on as they are."""
 
     def __init__(self, door: Door) -> None:
-        self._gone = False
+        self.failed = self._gone = self._left = False
         self._door = door
         self._running: dict[str, bool] = {}
         """The ids of the requests that have been let in and have not ended -> whether the client asked for the mark."""
@@ -186,17 +187,18 @@ class _Other:
         """A message of the server's -> what is passed on."""
         return message
 
-    def leave(self) -> bool:
-        """Nobody waits any more: tell the engine. False where there is nothing to tell."""
+    def leave(self, *, answered: bool) -> bool:
+        """Nobody waits any more. Where the answer was not whole, tell the engine; False where it cannot be told."""
+        self._left = not answered
         self._gone = True
         for future in self._held:
             future.cancel()
-        return sum(self._door.stop(number) for number in self._running) > 0
+        return answered or sum(self._door.stop(number) for number in self._running) > 0
 
     def over(self) -> None:
         """The call has ended, and with it all that it asked for."""
         for number in list(self._running):
-            self._is_over(number, left=self._gone)
+            self._is_over(number, failed=self.failed, left=self._left)
 
     def _let_in(self, number: str, asked: bool = False) -> None:
         if number not in self._running:
@@ -248,7 +250,7 @@ class _Stream(_Other):
             del answer.parameters[_LAST]
         self._door.figures.tokens += bool(answer.outputs)
         if last or response.error_message:
-            self._is_over(number, failed=bool(response.error_message), left=self._gone)
+            self._is_over(number, failed=bool(response.error_message), left=self._left)
         if last and not asked and not answer.outputs and not response.error_message:
             return None  # an empty one, which this client does not expect
         return bytes(response.SerializeToString())

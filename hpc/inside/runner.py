@@ -18,7 +18,7 @@ from hpc.core import config as configs
 from hpc.core import rundir
 from hpc.core.errors import STOPPED, HpcError
 from hpc.core.stage import Stage, load
-from hpc.inside import once
+from hpc.inside import meeting, once, together
 
 _PROGRESS_EVERY_S = 0.5
 
@@ -39,6 +39,8 @@ class RunContext:
         self._stop = False
 
     def progress(self, done: float, total: float, message: str = "", **metrics: float) -> None:
+        if together.rank():  # one of several tells
+            return
         now = time.monotonic()
         if now - self._last < _PROGRESS_EVERY_S and done < total:
             return
@@ -46,7 +48,15 @@ class RunContext:
         rundir.append_event(self._events, "running", done=done, total=total, message=message, **metrics)
 
     def event(self, phase: str, **values: Any) -> None:
+        if together.rank():
+            return
         rundir.append_event(self._events, phase, **values)
+
+    def remark(self, text: str) -> None:
+        if together.rank():
+            return
+        rundir.write_json(rundir.AttemptDir(self._events.parent).remark, {"remark": text})
+        print(text)
 
     def metric(self, **values: Any) -> None:
         self.metrics.update(values)
@@ -60,28 +70,33 @@ class RunContext:
         def stop(signum: int, frame: object) -> None:
             if not self._stop:
                 self._stop = True
-                rundir.append_event(self._events, "stopping", signal=signal.Signals(signum).name)
+                self.event("stopping", signal=signal.Signals(signum).name)
 
         for number in once.REQUESTS:
             signal.signal(number, stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, once.REQUESTS)  # blocked by hpc.inside.ranks
 
 
 def main(argv: list[str]) -> int:
     name, config_path, attempt_path = argv
-    attempt = rundir.AttemptDir(Path(attempt_path))
     stage_dir = rundir.StageDir(Path(config_path).parent)
+    attempt = rundir.AttemptDir(Path(attempt_path)).of_task(meeting.of(stage_dir.path, os.environ).rank)
     try:
-        return run(load(name), stage_dir, attempt)
+        code = run(load(name), stage_dir, attempt)
     except HpcError as error:
-        rundir.write_json(attempt.error, {"cause": error.message, "hint": error.hint, "exit_code": error.exit_code})
+        _tell(attempt, {"cause": error.message, "hint": error.hint, "exit_code": error.exit_code})
         print(f"error: {error.message}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        rundir.write_json(attempt.error, {"cause": _sentence(error), "hint": "", "exit_code": 1})
+        _tell(attempt, {"cause": _sentence(error), "hint": "", "exit_code": 1})
         return 1
+    if code == STOPPED and together.world() > 1:  # torchrun would take it for a failure, and end the others
+        attempt.stopped.touch()
+        return 0
+    return code
 
 
 def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) -> int:
@@ -90,12 +105,16 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
     if document is None:
         raise HpcError(f"{stage_dir.config} is not there")
     started = time.time()
-    rundir.append_event(attempt.events, "running", message="")
+    if together.rank() == 0:
+        rundir.append_event(attempt.events, "running", message="")
     context = RunContext(stage_dir, attempt.events, document, Path(document["cache"]))
     for folder in (context.checkpoints, context.cache, *(p.parent for p in context.outputs.values())):
         folder.mkdir(parents=True, exist_ok=True)
     context.listen()
+    together.check()
     stage.run(configs.decode(stage.config, document["config"]), context)
+    if together.rank() or meeting.of(stage_dir.path, os.environ).rank:  # the first one makes the outputs, and tells
+        return 0
     missing = [name for name, path in context.outputs.items() if not path.exists()]
     if (missing or stage.service) and context.stopping():
         return STOPPED
@@ -103,6 +122,14 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
         raise HpcError(f"{stage.name} ended without making its output {', '.join(missing)}")
     _write_manifest(stage_dir, document, context, started)
     return 0
+
+
+def _tell(attempt: rundir.AttemptDir, error: Mapping[str, Any]) -> None:
+    """Of several ranks the first to fail tells why: the others fail because it is gone."""
+    several = together.world() > 1
+    path = (attempt.of_task(rundir.task_number(together.world())) if several else attempt).error
+    if not several or not path.exists():
+        rundir.write_json(path, error)
 
 
 def _write_manifest(

@@ -14,22 +14,29 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.core import endpoint as endpoints
 from hpc.core.endpoint import handed
 from hpc.core.errors import HpcError
+from hpc.core.rundir import StageDir
 from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
+from hpc.inside.meeting import Meeting
 from hpc.inside.openai import Api, Served
 from hpc.inside.triton import Triton
 
 TOKEN = "HPC_DOOR_TOKEN"
 _LOOK_S = 0.2
 _QUIET_S = 0.3
+_LOOK_AGAIN_S = 1.0
+"""Between two looks at the announcement."""
+_MOVE_S = 10.0
+"""So long new requests are taken after another job has taken over: clients that are led by a tunnel move in less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +44,8 @@ class Settings:
     """All that the process is told, as JSON."""
 
     repository: str
-    figures: str
-    """The file that says how much it does."""
+    stage: str
+    """The stage's folder, for the announcement and the figures."""
     own: str
     """A folder for this start alone: pid file, the reason of a failure."""
     shm: str
@@ -54,6 +61,11 @@ class Settings:
     drain_s: float
     end_s: float
     world: int = 1
+    """Ranks on this node, which mpirun starts."""
+    meeting: str = ""
+    """The folder of the ranks that Slurm has started as tasks, of which this is the first."""
+    wrapped: bool = False
+    """They are those of TensorRT-LLM's LLM API."""
 
 
 def main(path: str) -> int:
@@ -78,8 +90,14 @@ async def _serve(settings: Settings) -> int:
     inner = {name: _free_port() for name in triton.PORTS}
     at = {name: f"127.0.0.1:{port}" for name, port in inner.items()}
     program, env = triton.program(Path(settings.own))
-    argv = triton.argv(Path(settings.repository), inner, settings.shm, world=settings.world, program=program)
+    repository = Path(settings.repository)
+    if settings.meeting:
+        argv = triton.of_rank(repository, inner, settings.shm, 0, wrapped=settings.wrapped, program=program)
+    else:
+        argv = triton.argv(repository, inner, settings.shm, world=settings.world, program=program)
     server = Triton(argv, env, Path(settings.own) / "pid")
+    if settings.meeting:
+        server.others = Meeting(Path(settings.meeting), 0, settings.world)
     door = Door(token, f"http://{at['http']}", f"http://{at['metrics']}", settings.stop_model)
     app = door.app()
     served = Served(**settings.served)
@@ -101,11 +119,13 @@ async def _serve(settings: Settings) -> int:
                 await web.SockSite(runner, listening).start()
             server.watch()
             door.ready = True
-            told = asyncio.ensure_future(figures.keep(Path(settings.figures), door.figures, door.metrics_text))
+            folder = StageDir(Path(settings.stage))
+            told = asyncio.ensure_future(figures.keep(folder.figures, door.figures, door.metrics_text))
             try:
-                await _stay(server, asked)
+                await _stay(server, asked, lambda: _another(folder))
             finally:
                 told.cancel()
+            await _moved(door, asked, server)
             await _drained(door, settings.drain_s)
         return 0
     finally:
@@ -117,9 +137,14 @@ async def _serve(settings: Settings) -> int:
         await runner.cleanup()
 
 
-async def _stay(server: Triton, asked: asyncio.Event) -> None:
+async def _stay(server: Triton, asked: asyncio.Event, over: Callable[[], bool]) -> None:
+    looked = time.monotonic()
     while not asked.is_set():
         _look(server)
+        if time.monotonic() - looked > _LOOK_AGAIN_S:
+            looked = time.monotonic()
+            if over():
+                return
         try:
             await asyncio.wait_for(asked.wait(), _LOOK_S)
         except asyncio.TimeoutError:
@@ -127,7 +152,9 @@ async def _stay(server: Triton, asked: asyncio.Event) -> None:
 
 
 def _look(server: Triton) -> None:
-    """HpcError where the server, or the process of one of its models, is gone."""
+    """HpcError where the server, another of its ranks, or the process of one of its models, is gone."""
+    if server.others is not None:
+        server.others.look()
     code = server.ended()
     if code is not None:
         raise _failed(server, f"Triton ended by itself, with exit code {code}")
@@ -139,6 +166,22 @@ def _failed(server: Triton, what: str) -> HpcError:
     said = f": {server.errors[-1]}" if server.errors else ""
     hint = server.hints[-1] if server.hints else "its last lines are in the log: `hpc logs` shows them"
     return HpcError(what + said[:400], hint=hint)
+
+
+def _another(folder: StageDir) -> bool:
+    """True where another job has announced itself in our place."""
+    own, found = os.environ.get("SLURM_JOB_ID", ""), endpoints.read(folder)
+    return found is not None and found.job_id != own
+
+
+async def _moved(door: Door, asked: asyncio.Event, server: Triton) -> None:
+    """Another job has taken over: be ill for those who look, so that they go there, and still take what comes."""
+    if asked.is_set():
+        return
+    print("another job has taken over: what is running here ends", flush=True)
+    door.moved = True
+    until = time.monotonic() + _MOVE_S
+    await _stay(server, asked, lambda: time.monotonic() > until)
 
 
 async def _drained(door: Door, within_s: float) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+
+from hpc.core.errors import HpcError
 
 MEANT = "HPC_WORLD_SIZE"
 """How many ranks the plan asked for; set by `hpc.inside.ranks`."""
@@ -20,21 +23,40 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check() -> None:
+    """HpcError where other than as many ranks as were planned have been started."""
+    meant = int(os.environ.get(MEANT, "1"))
+    if world() != meant:
+        raise HpcError(
+            f"{world()} ranks were started, and {meant} were planned",
+            hint="a stage on several GPUs is started by hpc.inside.ranks",
+        )
+
+
 def any_of(flag: bool) -> bool:
     """True on every rank where it is true on one. All ranks must call it."""
+    return summed([float(flag)])[0] > 0
+
+
+def summed(values: Sequence[float]) -> list[float]:
+    """The values added up over the ranks. All must call it."""
     if world() == 1:
-        return flag
+        return list(values)
     import torch
     from torch import distributed
 
     if not distributed.is_initialized():
-        return flag
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(local_rank())
+        distributed.init_process_group("nccl" if gpu else "gloo")
     device = torch.device("cuda", local_rank()) if distributed.get_backend() == "nccl" else torch.device("cpu")
-    flags = torch.tensor([flag], dtype=torch.int32, device=device)
-    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
-    return bool(flags.item())
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(found)
+    result: list[float] = found.tolist()
+    return result
 
 
 def barrier() -> None:
     """Until every rank is here."""
-    any_of(False)
+    summed([0.0])

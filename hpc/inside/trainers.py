@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as the stage uses it: with either generation of the libraries, and checkpoints that are whole or not there."""
+"""TRL's trainers as the stages use them: either generation of the libraries, and whole checkpoints alone."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from typing import Any
 
 from hpc.core.errors import HpcError
 from hpc.inside import models, together
-from hpc.inside.conversations import Row
 
 _PART = ".part"
 """The folder in which a checkpoint is written, beside the whole ones."""
 
 
-def arguments(wanted: Mapping[str, Any]) -> Any:
-    """SFTConfig with these values, by the names of the installed generation."""
-    from trl import SFTConfig
+def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
+    """TRL's config of that name with these values, by the names of the installed generation."""
+    import trl
 
-    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    made = getattr(trl, kind)
+    known = {field.name for field in dataclasses.fields(made)}
     values = dict(wanted)
     if "train_sampling_strategy" not in known:  # transformers 4
-        values["group_by_length"] = values.pop("train_sampling_strategy") == "group_by_length"
+        values["group_by_length"] = values.pop("train_sampling_strategy", "") == "group_by_length"
         values["warmup_ratio"] = values.pop("warmup_steps")
-    return SFTConfig(**values)
+    return made(**values)
+
+
+def need(trackers: Sequence[str]) -> None:
+    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise HpcError(
+                f'finetune.report_to = ["{name}"] needs {name}, which is not in this image',
+                hint="take it out (training/ has the curves all the same), or add it in an image that stands on train",
+            )
 
 
 def spread(sharding: str, *, gradient_checkpointing: bool, gpu: bool) -> dict[str, Any]:
@@ -62,12 +72,20 @@ def _zero(stage: int) -> dict[str, Any]:
     }
 
 
-def trainer(*, model: Any, arguments: Any, rows: Mapping[str, Sequence[Row]], keep: int, **options: Any) -> Any:
-    """SFTTrainer over the rows ("train", "eval"); of its checkpoints the last `keep` stay."""
+def trainer(
+    *,
+    model: Any,
+    arguments: Any,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    keep: int,
+    kind: str = "SFTTrainer",
+    **options: Any,
+) -> Any:
+    """TRL's trainer of that name over the rows ("train", "eval"); of its checkpoints the last `keep` stay."""
     import datasets
-    from trl import SFTTrainer
+    import trl
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
+    class Trainer(getattr(trl, kind)):  # type: ignore[misc]
         def _get_output_dir(self, trial: Any) -> str:
             return os.path.join(self.args.output_dir, _PART)
 
@@ -94,6 +112,13 @@ def trainer(*, model: Any, arguments: Any, rows: Mapping[str, Sequence[Row]], ke
             hint="the image's accelerate does not see them: `hpc logs` has its warnings",
         )
     return made
+
+
+def resumed(folder: Path) -> Path | None:
+    """The checkpoint to go on from, as the first rank sees it: a file server may show it late to another node."""
+    found = models.checkpoints(folder) if together.rank() == 0 else []
+    step = int(together.summed([float(models.step_of(found[0])) if found else 0.0])[0])
+    return folder / f"checkpoint-{step}" if step else None
 
 
 def _publish(folder: Path, step: int, keep: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpc.core.errors import HpcError
 from hpc.inside import hints
+from hpc.inside.meeting import Meeting
 
 _EXIT_TIMEOUT_S = 10
 _KEPT = 20
@@ -40,24 +41,15 @@ def argv(
     return words
 
 
-def for_srun(
-    repository: Path, ports: Mapping[str, int], shm: str, *, world: int, nodes: int, mpi: str = "pmix",
-    program: str = "tritonserver",
-) -> list[str]:  # fmt: skip
-    """The words after `srun` for several nodes: one task of Slurm per GPU, which finds its rank in its number there."""
-    first = _server(program, repository, shm, 0, ports)
-    rest = _server(program, repository, shm, 1)
-    script = 'if [ "$SLURM_PROCID" = 0 ]; then exec {}; else exec {}; fi'.format(*map(_quoted, (first, rest)))
-    return [
-        f"--mpi={mpi}", f"--nodes={nodes}", f"--ntasks={world}", f"--ntasks-per-node={world // nodes}",
-        "sh", "-c", script,
-    ]  # fmt: skip
+def of_rank(
+    repository: Path, ports: Mapping[str, int], shm: str, rank: int, *, wrapped: bool, program: str = "tritonserver"
+) -> list[str]:
+    """The command of one rank, where Slurm has started a task for each; the first one answers.
 
-
-def _quoted(words: Sequence[str]) -> str:
-    import shlex
-
-    return shlex.join(words).replace("rank1_", "rank${SLURM_PROCID}_")
+    `wrapped`: the ranks are those of TensorRT-LLM's LLM API, whose launcher starts the server on the first one alone.
+    """
+    words = _server(program, repository, shm, rank, ports if rank == 0 or wrapped else None)
+    return ["trtllm-llmapi-launch", *words] if wrapped else words
 
 
 PORTS = ("http", "grpc", "metrics")
@@ -110,6 +102,8 @@ class Triton:
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], pid_file: Path) -> None:
         self.errors: deque[str] = deque(maxlen=_KEPT)
         self.hints: list[str] = []
+        self.others: Meeting | None = None
+        """Its ranks that other tasks have started."""
         self._stubs: frozenset[int] = frozenset()
         self._process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

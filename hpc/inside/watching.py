@@ -8,14 +8,10 @@ from typing import Any
 
 from hpc.core.errors import HpcError
 from hpc.core.stage import Context
-from hpc.inside import together
+from hpc.inside import heldout, together
 from hpc.inside.curves import Curves
 
 _SHOWN = ("loss", "learning_rate", "grad_norm")
-
-
-class StopError(Exception):
-    """The scheduler asked to stop while the held-out loss was measured."""
 
 
 def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
@@ -51,6 +47,6 @@ def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
 
         def on_prediction_step(self, *_: Any, **__: Any) -> None:
             if together.any_of(ctx.stopping()):
-                raise StopError
+                raise heldout.StopError
 
     return Watcher()

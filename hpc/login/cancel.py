@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc.core import rundir
 from hpc.core.rundir import RunDir, StageDir
-from hpc.login import batch, slurm
+from hpc.login import batch, slurm, succession
 from hpc.login.states import StageState
 from hpc.node.enter import alive
 
@@ -18,9 +18,12 @@ _GRACE_S = 10
 
 def cancel(run: RunDir, chosen: Sequence[StageState]) -> None:
     """End these stages, the last of the pipeline first, so that none starts because one before it ended."""
-    for state in chosen:
-        rundir.write_json(run.stage(state.stage).attempt(state.attempt).stop, {"by": "hpc cancel", "t": time.time()})
-    jobs = [s.job_id for s in reversed(chosen) if s.scheduler == "slurm"]
+    jobs = []
+    for state in reversed(chosen):
+        folder = run.stage(state.stage)
+        if state.scheduler == "slurm":
+            jobs += [*succession.withdraw(folder), state.job_id]
+        rundir.write_json(folder.attempt(state.attempt).stop, {"by": "hpc cancel", "t": time.time()})
     if jobs:
         slurm.cancel(jobs)
     _local([s for s in reversed(chosen) if s.scheduler == "local"])

@@ -34,8 +34,13 @@ def produced(stage: Stage) -> dict[str, str]:
 
 def show(found: Sequence[Mapping[str, Any]]) -> None:
     """The table for a person."""
-    kinds = [(", ".join(r["consumes"].values()) or "-", ", ".join(r["produces"].values()) or "-") for r in found]
+    kinds = [(", ".join(r["consumes"].values()) or "-", ", ".join(r["produces"].values()) or _none(r)) for r in found]
     view.table(
         ("STAGE", "CONSUMES", "PRODUCES", "ENVIRONMENT", "WHAT IT DOES"),
         [(r["stage"], *k, r["environment"], r["summary"]) for r, k in zip(found, kinds, strict=True)],
     )
+
+
+def _none(row: Mapping[str, Any]) -> str:
+    """A service produces nothing; another stage without an output by default produces what its settings ask for."""
+    return "-" if load(row["stage"]).service else "by its settings"

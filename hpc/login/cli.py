@@ -167,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
     submit = made["submit"]
     submit.add_argument("-n", "--dry-run", action="store_true", help="show exactly what would be submitted")
     submit.add_argument("-w", "--wait", action="store_true", help="wait for the end, with progress")
+    submit.add_argument("--replace", action="store_true", help="a job that takes over from the running service")
     status = made["status"]
     status.add_argument("run", nargs="?", metavar="RUN", help="one run; without it the latest ones")
     status.add_argument("-a", "--all", action="store_true", help="every run, however old")
@@ -279,6 +280,7 @@ def _what(verb: argparse.ArgumentParser, nargs: str | None) -> None:
         "--from", metavar="STAGE", dest="first", help="only from this stage on: earlier ones must be done"
     )
     verb.add_argument("--until", metavar="STAGE", dest="last", help="only up to this stage")
+    verb.add_argument("--auto", action="store_true", help="build.auto: divide the engine among the fewest GPUs")
     verb.add_argument("-p", "--partition", metavar="NAME")
     verb.add_argument("-A", "--account", metavar="NAME")
     verb.add_argument("-q", "--qos", metavar="NAME")

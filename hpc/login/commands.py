@@ -51,8 +51,8 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    from hpc.login import follow
-    from hpc.login.planning import make
+    from hpc.login import follow, succession
+    from hpc.login.planning import make, on_login_node
     from hpc.login.submit import submit as submit_all
 
     scheduler = Scheduler()
@@ -63,16 +63,24 @@ def submit(options: argparse.Namespace) -> int:
         else:
             work.show_dry_run(sys.stdout)
         return 0
+    if on_login_node(work.settings, work.submission):
+        from hpc.login import here
+
+        work, code = here.first(options, work, scheduler, _chatter)
+        if code:
+            return code
     submission = work.submission
     if not submission.placed:  # every stage has said in a note why it has nothing to do
         if options.json:
             _print_json("hpc.submit/1", run=None, folder=None, stages=[])
         return 0
     quiet = options.json or options.wait
-    if submission.todo or submission.is_new:
+    if submission.todo or submission.is_new or options.replace:
         submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
     code = 0
-    if options.wait:
+    if options.wait and options.replace:
+        succession.wait(submission.run, submission.successors[options.target][0], _chatter)
+    elif options.wait:
         code = follow.wait(submission.run, list(submission.plan.keys), sys.stderr)
     if options.json:
         rows = states([(submission.run, _asked(submission.run))], Scheduler())
@@ -232,7 +240,7 @@ def tunnel(options: argparse.Namespace) -> int:
             print(f"  | {line}", file=sys.stderr)
         raise
     found = for_login(name or tunnels.me())
-    kept = tunnels.keep(for_login("LOGIN") if name else found)
+    kept = tunnels.keep(for_login("LOGIN") if name else found, way.service.run)
     if options.json:
         _print_json("hpc.tunnel/1", **asdict(found))
     else:

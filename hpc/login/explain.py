@@ -211,7 +211,7 @@ MESSAGES = (
         name="jupyter: token",
         pattern=r"password or token|token authentication is enabled|log in with a token|\b401\b|invalid credentials",
         proves="the tunnel works, and JupyterLab answers",
-        cause="the address has no token, or that of an earlier job: every start has a new one",
+        cause="the address has no token, or that of an earlier job: every job has its own",
         todo="open the whole address of step 2 as `hpc tunnel` prints it now, with ?token=…",
         by="jupyter",
         service=True,

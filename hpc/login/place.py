@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.core.plan import Environment, Plan, Planned, Source
+from hpc.core.feeding import Source
+from hpc.core.plan import Environment, Plan, Planned
 from hpc.core.rundir import RunDir, StageDir
 from hpc.core.site import Site
 from hpc.node import launch
@@ -64,6 +65,8 @@ class Ground:
     scratch: str | None = None
     """The site's scratch folder with its variables filled in."""
     uid: int = 0
+    takes_over: bool = False
+    """The stages' next jobs, which start while the ones before them serve."""
     links: tuple[str, ...] = ()
     """Folders that the inputs lead to by symbolic links."""
 
@@ -82,6 +85,8 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
     if planned.stage.service:
         document["bind"] = _bind(site)
     reads = [*planned.reads, *(i["path"] for i in inputs.values() if i["path"].startswith("/"))]
+    if ranks_of(planned) > 1:
+        document["ranks"] = ranks_of(planned)
     start = _launch(planned, ground, attempt, reads)
     limit_s = planned.resources.time_min * 60
     delay_s = min(site.signal_delay_s, limit_s // 4)
@@ -98,9 +103,12 @@ def _place(planned: Planned, plan: Plan, ground: Ground) -> Placed:
         waits=_waits(planned, plan, ground) if site.scheduler == "local" else (),
         limit_s=limit_s,
         enforce=site.scheduler == "local",
-        listen=_bind(site) if planned.stage.private else "",
-        ports=planned.stage.ports if planned.stage.private else (),
+        listen=_bind(site) if _private(planned) else "",
+        ports=planned.stage.ports if _private(planned) else (),
+        takes_over=ground.takes_over,
+        tasks=planned.resources.tasks,
         signal_delay_s=delay_s,
+        requeue=site.requeue if site.scheduler == "slurm" else 0,
     )
     return Placed(
         planned=planned,
@@ -169,7 +177,7 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
     run, site, cache = ground.run, ground.site, ground.cache
     stage_dir = run.stage(planned.name)
     inner = (
-        "python3", "-m", "hpc.inside.runner", planned.name,
+        "python3", "-m", "hpc.inside.ranks" if _ranks(planned) else "hpc.inside.runner", planned.name,
         str(stage_dir.config), str(stage_dir.attempt(attempt).path),
     )  # fmt: skip
     env = {
@@ -198,8 +206,25 @@ def _launch(planned: Planned, ground: Ground, attempt: int, reads: Sequence[str]
         binds=binds,
         gpus=planned.resources.gpus_per_node > 0,
         cwd=str(run.path),
-        private=planned.stage.private,
+        private=_private(planned),
     )
+
+
+def ranks_of(planned: Planned) -> int:
+    """How many tasks Slurm starts of it, as ranks of MPI."""
+    asked = planned.resources
+    return asked.nodes * asked.tasks_per_node if planned.stage.launcher == "mpi" else 1
+
+
+def _private(planned: Planned) -> bool:
+    """Whether it has an empty network. The ranks of several nodes must reach each other."""
+    return planned.stage.private and planned.resources.nodes == 1
+
+
+def _ranks(planned: Planned) -> bool:
+    """It is several processes, which torchrun starts."""
+    asked = planned.resources
+    return planned.stage.launcher == "torchrun" and asked.nodes * max(1, asked.gpus_per_node) > 1
 
 
 def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
         "job_name": planned.name,
         "time": asked.time_min,
         "nodes": asked.nodes,
-        "ntasks_per_node": 1,
+        "ntasks_per_node": asked.tasks_per_node,
         "cpus_per_task": asked.cpus_per_task,
         "partition": site.partition,
         "account": site.account,
@@ -225,10 +250,16 @@ def batch_parameters(planned: Planned, run: RunDir, delay_s: int, comment: str) 
             f"export PYTHONPATH={shlex.quote(str(run.code))}",
         ],
         # from 22.05 on srun no longer takes the job's CPUs per task over by itself
-        "srun_args": [f"--cpus-per-task={asked.cpus_per_task}"],
+        "srun_args": [
+            f"--cpus-per-task={asked.cpus_per_task}",
+            *([f"--mpi={site.mpi}"] if ranks_of(planned) > 1 else []),
+            # where one task is gone, the others would wait for it for ever
+            *(["--kill-on-bad-exit=1"] if asked.tasks > 1 else []),
+        ],
         # else a job whose input failed would wait for ever
         "additional_parameters": {
             "kill-on-invalid-dep": "yes",
+            **({"exclusive": True} if asked.exclusive else {}),
             **{name: value for name, value in site.sbatch.items() if value is not False},
         },
     }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from hpc.core import plan as plans
 from hpc.core import stage as stages
 from hpc.core.errors import Refused, UsageError, did_you_mean
-from hpc.login import batch, slurm, view
+from hpc.login import batch, slurm, succession, view
 from hpc.login import submit as submitting
 from hpc.login.facts import MachineFacts
 from hpc.login.place import Placed
@@ -88,14 +88,21 @@ class Work:
         view.table(headings, rows, out)
         for note in work.plan.notes:
             print(f"note: {note}", file=out)
+        for name in on_login_node(self.settings, work):
+            print(f"note: {name} runs on this login node: only it has a network", file=out)
 
     def dry_run(self) -> list[dict[str, Any]]:
         """For each stage that would be submitted: the batch script, the container command, binds, environment."""
         work = self.submission
         ids = work.known_ids()
         shown = []
-        for placed in work.todo:
-            dependency = work.dependency(placed, ids)
+        jobs = [(placed, work.dependency(placed, ids)) for placed in work.todo]
+        for name, later in work.successors.items():
+            before = f"@{name}" if any(placed.name == name for placed in work.todo) else None
+            for placed in later:
+                jobs.append((placed, succession.dependency(placed, before)))
+                before = f"@{name}/{placed.attempt}"
+        for placed, dependency in jobs:
             launch = placed.job.launch
             shown.append(
                 {
@@ -148,10 +155,20 @@ class Work:
                 print(f"from a laptop, once it is ready: hpc tunnel {work.run.id}/{placed.name}", file=out)
 
 
-def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str], None]) -> Work:
-    """The work that these options ask for; an HpcError where it cannot be done."""
-    settings = load(locate(), target=options.target, site=options.site, flags=_flags(options))
-    wanted = _wanted(options, settings)
+def make(
+    options: argparse.Namespace,
+    scheduler: Scheduler,
+    say: Callable[[str], None],
+    *,
+    only: Sequence[str] = (),
+    over: Sequence[Layer] = (),
+) -> Work:
+    """The work that these options ask for; an HpcError where it cannot be done.
+
+    `only`: these stages in place of those asked for; `over`: settings above all others.
+    """
+    settings = load(locate(), target=options.target, site=options.site, flags=[*_flags(options), *over])
+    wanted = list(only) or _wanted(options, settings)
     facts = MachineFacts(settings, say)
     try:
         plan = plans.plan(settings.wishes, wanted, settings.site, facts)
@@ -159,13 +176,24 @@ def make(options: argparse.Namespace, scheduler: Scheduler, say: Callable[[str],
         facts.save()
     for note in plan.notes:
         say(f"note: {note}")
-    work = submitting.prepare(plan, settings, options.target, scheduler)
-    _refuse_missing(options.first, wanted, work)
+    asked = getattr(options, "replace", False)
+    work = submitting.prepare(plan, settings, only[0] if only else options.target, scheduler, replace=asked)
+    if not only:
+        _refuse_missing(options.first, wanted, work)
     return Work(settings=settings, submission=work)
+
+
+def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:
+    """The stages to submit that must run here: they need a network, and the site's nodes have none."""
+    if settings.site.scheduler == "local" or settings.site.network == "nodes":
+        return []
+    return [p.name for p in work.todo if p.planned.stage.network]
 
 
 def _flags(options: argparse.Namespace) -> list[Layer]:
     layers = [Layer(f"--set {text}", assignment(text)) for text in options.assignments]
+    if getattr(options, "auto", False):
+        layers.append(Layer("--auto", {"build": {"auto": True}}))
     for name in ("partition", "account", "qos"):
         value = getattr(options, name)
         if value is not None:

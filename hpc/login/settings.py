@@ -278,6 +278,8 @@ def _wish(stage: stages.Stage, layers: Sequence[Layer], origins: dict[str, str])
         )
     resources = f"{stage.name}.resources"
     overrides = dict(_checked(resources, Resources, tables["resources"], origins))
+    if stage.launcher == "mpi" and overrides.keys() & {"nodes", "tasks_per_node"}:
+        raise UsageError(f"{resources}: its nodes follow from how its ranks are divided", hint="set build.nodes")
     try:
         return Wish(stage=stage, config=stage.config(**config), overrides=overrides, sbatch=tables["sbatch"])
     except ValueError as error:  # a __post_init__ that refuses a contradiction

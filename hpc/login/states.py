@@ -58,6 +58,8 @@ class StageState:
     message: str = ""
     endpoint: str = ""
     """Where a service answers, as NODE:PORT; empty until it does."""
+    successor: str = ""
+    """The job that takes over from a service, at the latest before its time limit."""
     figures: Mapping[str, Any] | None = None
     """How much it does, as it says itself: running, done, failed, tokens_s, queue_ms, kv_use."""
     exit_code: int | None = None
@@ -221,7 +223,13 @@ def _running(state: StageState, attempt: rundir.AttemptDir, start: float | None)
     state = replace(state, elapsed_s=elapsed, phase=last["phase"], message=last.get("message", ""))
     folder = StageDir(Path(state.folder))
     if state.phase in SERVING and (found := endpoints.read(folder)) is not None:
-        state = replace(state, endpoint=found.address, figures=doing.read(folder, found.ready))
+        later = rundir.read_json(folder.attempt(state.attempt + 1).successor) or {}
+        state = replace(
+            state,
+            endpoint=found.address,
+            successor=str(later.get("job_id") or ""),
+            figures=doing.read(folder, found.ready),
+        )
         return state if state.message else replace(state, message=doing.in_words(state.figures))
     # how far the image's copy is, is no news once the stage has begun
     latest = next((e for e in reversed(events) if e.get("total") and _copies(e) == _copies(last)), None)

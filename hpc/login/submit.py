@@ -19,7 +19,7 @@ from hpc.core import rundir
 from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageError
 from hpc.core.plan import Plan
 from hpc.core.rundir import RunDir, RunsDir, StageDir
-from hpc.login import batch, slurm, snapshot
+from hpc.login import batch, slurm, snapshot, succession
 from hpc.login.facts import container_program, expand, link_targets
 from hpc.login.place import Ground, Placed, place
 from hpc.login.settings import Settings
@@ -45,6 +45,8 @@ class Submission:
     """All stages of the plan, placed; `todo` are those to submit."""
     site_name: str
     scheduler: str
+    successors: Mapping[str, tuple[Placed, ...]] = field(default_factory=dict)
+    """Service -> the jobs that are to take over from the one that is submitted now, or from the one that serves."""
 
     @property
     def todo(self) -> tuple[Placed, ...]:
@@ -95,8 +97,11 @@ class Timings:
     submitted: list[str] = field(default_factory=list)
 
 
-def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -> Submission:
-    """Find the run that this plan continues, or the number of its new one, and place every stage in it."""
+def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *, replace: bool = False) -> Submission:
+    """Find the run that this plan continues, or the number of its new one, and place every stage in it.
+
+    With `replace` the service that is asked for gets a successor at once.
+    """
     runs = RunsDir(settings.project.runs)
     code = snapshot.digest()
     everything = list(runs.runs())
@@ -121,7 +126,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
     ground = Ground(
         run=run,
         site=settings.site,
-        attempts={name: s.attempt + 1 for name, s in standing.items()},
+        attempts={name: succession.next_attempt(run.stage(name), s.attempt) for name, s in standing.items()},
         finished=finished,
         program=container_program(settings.site) if uses_images else "",
         cache=runs.cache,
@@ -130,6 +135,8 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
         uid=os.getuid(),
         links=link_targets(path for p in plan.stages for path in p.reads),
     )
+    if replace:
+        succession.refuse(plan, target, standing, settings.site)
     return Submission(
         plan=plan,
         run=run,
@@ -140,6 +147,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler) -
         placed=place(plan, ground),
         site_name=settings.site.name,
         scheduler=settings.site.scheduler,
+        successors=succession.placed(plan, ground, standing, target if replace else None),
     )
 
 
@@ -156,10 +164,13 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
     submitted: list[Placed] = []
     try:
         for placed in work.todo:
-            ids[placed.name] = _submit_one(work, placed, ids, scheduler)
+            record = placed.stage_dir.job
+            ids[placed.name] = _submit_one(work, placed, work.dependency(placed, ids), scheduler, record)
             submitted.append(placed)
             timings.submitted.append(placed.name)
             say(f"{work.run.id}/{placed.name}: submitted as job {ids[placed.name]}")
+        for name, later in work.successors.items():
+            _submit_successors(work, later, ids[name] if name in timings.submitted else None, scheduler, say)
     except KeyboardInterrupt:
         names = ", ".join(p.name for p in submitted) or "nothing"
         raise Interrupted(
@@ -302,8 +313,18 @@ def _run_document(work: Submission, settings: Settings, git: Mapping[str, Any] |
     }
 
 
-def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], scheduler: Scheduler) -> str:
-    """Queue one stage; job.json says `submitting` before and `submitted` after, so a kill in between is seen."""
+def _submit_successors(
+    work: Submission, later: Sequence[Placed], before: str | None, scheduler: Scheduler, say: Say
+) -> None:
+    """Queue them, each to start before the limit of the one before it; at once where there is none."""
+    for placed in later:
+        record = placed.stage_dir.attempt(placed.attempt).successor
+        before = _submit_one(work, placed, succession.dependency(placed, before), scheduler, record)
+        say(f"{work.run.id}/{placed.name}: job {before} takes over from it")
+
+
+def _submit_one(work: Submission, placed: Placed, dependency: str | None, scheduler: Scheduler, record: Path) -> str:
+    """Queue one stage; its record says `submitting` before and `submitted` after, so a kill in between is seen."""
     attempt = placed.stage_dir.attempt(placed.attempt)
     try:
         attempt.path.mkdir()
@@ -327,12 +348,12 @@ def _submit_one(work: Submission, placed: Placed, ids: Mapping[str, str], schedu
         "after": list(placed.planned.needs),
         "python": placed.python,
     }
-    rundir.write_json(placed.stage_dir.job, document)
+    rundir.write_json(record, document)
     if work.scheduler == "local":
         job_id = str(batch.submit_local(placed))
     else:
-        job_id = batch.submit_slurm(placed, work.dependency(placed, ids), scheduler.user)
-    rundir.write_json(placed.stage_dir.job, {**document, "job_id": job_id, "status": "submitted"})
+        job_id = batch.submit_slurm(placed, dependency, scheduler.user)
+    rundir.write_json(record, {**document, "job_id": job_id, "status": "submitted"})
     return job_id
 
 
@@ -342,7 +363,8 @@ def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, s
         rundir.write_json(placed.stage_dir.attempt(placed.attempt).stop, {"by": "hpc submit", "t": time.time()})
     if submitted and work.scheduler == "slurm":
         with suppress(RuntimeUnavailable):
-            slurm.cancel([ids[p.name] for p in submitted])
+            later = [job for p in submitted for job in succession.withdraw(p.stage_dir)]
+            slurm.cancel([*later, *(ids[p.name] for p in submitted)])
     for placed in submitted if work.scheduler == "local" else ():
         batch.stop_local(rundir.read_json(placed.stage_dir.attempt(placed.attempt).process) or {})
     if work.is_new and not submitted:

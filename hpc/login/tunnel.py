@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pwd
 import sys
@@ -132,9 +133,10 @@ def login_name(given: str | None, site: Site, *, quiet: bool) -> str | None:
     return steps.checked("--login", name) if name else None
 
 
-def keep(tunnel: Tunnel) -> Path:
-    """Write the steps into a file that only its owner can read, replaced at each print."""
-    return private.write(f"tunnel-{tunnel.run}-{tunnel.stage}.txt", steps.text(tunnel, time.time()))
+def keep(tunnel: Tunnel, run: RunDir) -> Path:
+    """Write the steps into a file that only its owner can read, replaced at each print. Each project has its own."""
+    where = hashlib.sha256(os.fsencode(run.path.absolute())).hexdigest()[:8]
+    return private.write(f"tunnel-{tunnel.run}-{tunnel.stage}-{where}.txt", steps.text(tunnel, time.time()))
 
 
 def stop(way: Way) -> int:

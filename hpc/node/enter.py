@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import memory, outcome, private
+from hpc.node import again, memory, outcome, peers, private, succession
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -51,33 +51,51 @@ class Job:
     enforce: bool = False
     """True where no scheduler enforces the limit, so that this process must."""
     signal_delay_s: int = 90
+    requeue: int = 0
+    """How often it is queued again where it has saved its work at the time limit."""
     listen: str = ""
     """The address of the sockets that are opened for the payload, which has an empty network."""
     ports: tuple[str, ...] = ()
     """Their names."""
+    tasks: int = 1
+    """It is entered by each of so many."""
+    takes_over: bool = False
+    """It is a service's next job, and starts while the one before it serves."""
 
 
 def enter(job: Job) -> None:
     """Run the job to its end. Leaves with the payload's exit code, so that the scheduler sees the same end."""
     stage_dir = rundir.StageDir(Path(job.stage_dir))
-    attempt = stage_dir.attempt(job.attempt)
+    task = rundir.task_number(job.tasks)
+    attempt = stage_dir.attempt(job.attempt).of_task(task)
+    attempt.path.mkdir(exist_ok=True)
     _keep_earlier_outcome(attempt)
-    endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
+    refused = succession.refused(stage_dir, job.attempt)
+    if not (job.takes_over or refused or task):
+        endpoint.clear(stage_dir, keep_token=attempt.launch.exists())  # a start of this very job has been here
     watch = _Watch(job, attempt)
     watch.listen()
     watch.reserve()
     try:
         rundir.append_event(attempt.events, "starting", host=socket.gethostname(), job_id=_job_id())
-        result = _run(job, attempt, watch)
+        result = refused or _run(job, attempt, watch)
     except HpcError as error:
         result = outcome.refused(error)
     except OSError as error:
         result = outcome.could_not_start(job.launch.argv[0], error)
     watch.over = True
-    endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=_may_return(result))
+    followed = bool(stage_dir.successors())
+    keep = _may_return(result) or followed
+    if not task:
+        endpoint.clear(stage_dir, os.environ.get("SLURM_JOB_ID", ""), keep_token=keep)
     watch.record(result)
+    if not task and result.state == "TIMEOUT":  # a preempted job may come back by itself
+        endpoint.promote(stage_dir, job.attempt)
     with contextlib.suppress(OSError):  # the outcome is what counts
         rundir.append_event(attempt.events, "done" if result.state == "COMPLETED" else "failed", state=result.state)
+    if not (task or followed) and again.wanted(result, job.requeue) and (why := again.requeue()):
+        with contextlib.suppress(OSError), open(attempt.stderr, "a") as stderr:
+            stderr.write(f"warning: the job could not be queued again: {why}\n")
     if result.state != "COMPLETED":
         sys.exit(result.exit_code or 1)
 
@@ -135,7 +153,8 @@ class _Watch:
         if signal.SIGTERM in self.signals and asked is not None:
             # SIGKILL follows in seconds, and then nobody could write this; a better end overwrites it
             cancelled = self._attempt.stop.exists()
-            self.record(replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked)
+            by_us = replace(asked, state="CANCELLED", cause="cancelled by hpc cancel") if cancelled else asked
+            self.record(peers.failed(self._attempt, self._job.tasks, self.started) or by_us)
 
 
 def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
@@ -182,7 +201,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: M
             watch.child.send_signal(number)
         with _shielded(job, attempt, watch.child.pid), _heartbeat(attempt.heartbeat, job.heartbeat_s):
             code = _wait(watch, job) if job.enforce else watch.child.wait()
-    return outcome.classify(
+    end = outcome.classify(
         code=code,
         launch=job.launch,
         attempt=attempt,
@@ -191,6 +210,7 @@ def _run_payload(job: Job, attempt: rundir.AttemptDir, watch: _Watch, sockets: M
         mem_gb=job.mem_gb,
         disk_full=_disk_full(attempt.path),
     )
+    return peers.first(end, attempt, job.tasks, watch.started)
 
 
 def _shielded(job: Job, attempt: rundir.AttemptDir, pid: int) -> contextlib.AbstractContextManager[None]:
@@ -293,6 +313,7 @@ def _keep_earlier_outcome(attempt: rundir.AttemptDir) -> None:
         number = len(list(attempt.path.glob("outcome-*.json")))
         attempt.outcome.rename(attempt.path / f"outcome-{number}.json")
     attempt.error.unlink(missing_ok=True)
+    attempt.remark.unlink(missing_ok=True)
 
 
 def _may_return(result: outcome.Outcome) -> bool:

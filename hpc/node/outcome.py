@@ -46,7 +46,8 @@ def classify(
     `asked` is what the scheduler's signals meant, where any came.
     """
     if code == 0:
-        return Outcome(state="COMPLETED", exit_code=0)
+        remark = (rundir.read_json(attempt.remark) or {}).get("remark", "")
+        return Outcome(state="COMPLETED", exit_code=0, cause=remark)
     lines = rundir.tail(attempt.stderr)
     killed = signal.Signals(-code).name if code < 0 else None
     end = Outcome(

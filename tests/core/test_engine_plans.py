@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from hpc.core import stage as stages
 from hpc.core.errors import HpcError, Refused, UsageError
 from hpc.core.limits import NodeKind
 from hpc.core.plan import Plan, Wish
+from hpc.core.rundir import RunDir
 from hpc.core.site import Site
 from hpc.core.stage import Resources, Stage
+from hpc.login.place import batch_parameters, ranks_of
 
 from .fakes import FakeFacts, make, partition, wish
 from .test_shape import LLAMA_7B, LLAMA_70B
@@ -22,7 +25,7 @@ from .test_shape import LLAMA_7B, LLAMA_70B
 DGX = Site(name="dgx", scheduler="slurm", partition="batch", gres="gpu:a100", gpu="a100-80")
 CPU = Site(name="local", gpus="none")
 NODES = {"batch": partition()}
-BUILD, CONVERT = stages.load("build"), stages.load("convert")
+BUILD, CONVERT, SERVE = stages.load("build"), stages.load("convert"), stages.load("serve")
 
 
 @pytest.fixture(autouse=True)
@@ -250,9 +253,41 @@ def test_a_stage_of_one_process_still_gets_one_gpu() -> None:
         plans.plan([wish(stage)], ["prepare"], DGX, facts())
 
 
-def test_several_nodes_are_refused_for_workers() -> None:
-    with pytest.raises(Refused, match="2 node"):
-        plans.plan([asked(BUILD, checkpoint="c", resources={"nodes": 2})], ["build"], DGX, facts())
+def test_several_nodes_are_for_ranks_alone() -> None:
+    with pytest.raises(Refused, match="convert is one process"):
+        plans.plan([asked(CONVERT, model="m", resources={"nodes": 2})], ["convert"], DGX, facts())
+
+
+def test_ranks_over_several_nodes_are_a_task_for_each_gpu() -> None:
+    planned = both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=2).stages[1]
+    made = planned.resources
+    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, ranks_of(planned), made.gpus) == (2, 8, 8, 16, 16)
+    assert made.cpus_per_task * made.tasks_per_node <= 128
+
+
+def serving(**config: Any) -> Plan:
+    world = facts(LLAMA_70B)
+    wishes = [asked(SERVE, engine="llmapi", model="m", auto=False, **config)]
+    return plans.plan(wishes, ["serve"], DGX, world)
+
+
+def test_an_engine_of_more_gpus_than_a_node_has_is_served_on_as_few_nodes_as_hold_it() -> None:
+    (planned,) = serving(tp_size=8, pp_size=2).stages
+    made = planned.resources
+    assert (made.nodes, made.gpus_per_node, made.tasks_per_node, made.exclusive) == (2, 8, 8, True)
+    script = batch_parameters(planned, RunDir(Path("/r/serve-1")), 90, "comment")
+    assert (script["nodes"], script["ntasks_per_node"], script["additional_parameters"]["exclusive"]) == (2, 8, True)
+    assert script["srun_args"] == ["--cpus-per-task=4", "--mpi=pmix", "--kill-on-bad-exit=1"]
+    notes = serving(tp_size=8, pp_size=2).notes
+    assert any("serve: 2 nodes with 8 ranks each (srun --mpi), whole nodes" in note for note in notes)
+    (alone,) = serving(tp_size=8).stages
+    assert (alone.resources.nodes, alone.resources.tasks_per_node, alone.resources.exclusive) == (1, 1, False)
+    script = batch_parameters(alone, RunDir(Path("/r/serve-1")), 90, "comment")
+    assert script["srun_args"] == ["--cpus-per-task=8"]
+    (shared,) = serving(tp_size=4, pp_size=2, nodes=4, private=False).stages
+    assert (shared.resources.nodes, shared.resources.gpus_per_node, shared.resources.exclusive) == (4, 2, False)
+    with pytest.raises(Refused, match="16 ranks cannot be divided among 3 nodes"):
+        serving(tp_size=8, pp_size=2, nodes=3)
 
 
 def test_untyped_gres_takes_the_partitions_only_type() -> None:

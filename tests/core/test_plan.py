@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from hpc.core import stage as stages
 from hpc.core.errors import HpcError, Refused, UsageError
+from hpc.core.feeding import producer
 from hpc.core.limits import fit
-from hpc.core.plan import Plan, Wish, plan, producer
+from hpc.core.plan import Plan, Wish, plan
 from hpc.core.site import Site
-from hpc.core.stage import Resources
+from hpc.core.stage import Input, Resources
 from tests.core.fakes import FakeFacts, chain, make, partition, wish
 
 SLURM = Site(name="dgx", scheduler="slurm", partition="batch", gres="gpu:a100")
@@ -76,6 +78,17 @@ def test_paths_in_the_config_become_absolute() -> None:
 
 
 # ---- keys
+
+
+def test_a_named_path_is_found_and_its_name_counts() -> None:
+    files = {"a": "one", "x=1": "two", "other/a": "one"}
+    stage = replace(make("prepare"), files=lambda c: tuple(d if d in files else d.partition("=")[2] for d in c.data))
+
+    def made(*data: str) -> Plan:
+        return planned([wish(stage, data=data)], ["prepare"], files=files)
+
+    assert made("n=a", "x=1").stages[0].config.data == ("n=/project/a", "/project/x=1")
+    assert made("n=a").keys == made("n=other/a").keys != made("m=a").keys
 
 
 def test_key_is_the_same_twice() -> None:
@@ -196,6 +209,26 @@ def test_gpus_that_one_process_cannot_use_are_refused() -> None:
     assert "is one process" in error.message
 
 
+def test_a_stage_of_several_processes_can_use_gpus_on_several_nodes() -> None:
+    ranks = replace(make("finetune"), launcher="torchrun")
+    wide = wish(ranks, resources={"nodes": 2, "gpus_per_node": 8})
+    assert planned([wide], ["finetune"]).stages[0].resources.gpus == 16
+    assert "this machine alone" in refusal([wide], "finetune", LOCAL).message
+
+
+def test_an_original_input_is_what_the_stage_before_got_and_not_what_it_made() -> None:
+    tuned = make("tune", consumes={"model": "hf_model"}, produces="hf_model")
+    judge = make("judge", consumes={"dataset": "hf_model", "model": "hf_model"})
+    judge = replace(judge, consumes={**judge.consumes, "model": Input(kind="hf_model", optional=True, original=True)})
+    names = {"dataset": ("tune", "hf_model"), "model": (None, "/project/base")}
+    given = planned([wish(tuned, model="base"), wish(judge)], ["judge"], files={"base": "x"})
+    assert {s.name: (s.stage, s.value) for s in given.stages[-1].sources} == names
+    fetched = planned([wish(make("fetch", produces="hf_model")), wish(tuned), wish(judge)], ["judge"])
+    assert {s.name: s.stage for s in fetched.stages[-1].sources} == {"dataset": "tune", "model": "fetch"}
+    own = planned([wish(tuned, model="base"), wish(judge, model="other")], ["judge"], files={"base": "x", "other": "y"})
+    assert {s.name: s.value for s in own.stages[-1].sources}["model"] == "/project/other"
+
+
 def test_several_nodes_on_this_machine_are_refused() -> None:
     error = refusal([wish(make("finetune"), resources={"nodes": 2})], "finetune", LOCAL)
     assert isinstance(error, Refused)
@@ -302,3 +335,31 @@ def test_an_endpoint_can_be_the_address_of_another_service() -> None:
 def test_an_endpoint_that_is_none_is_refused(files: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="'serve' is not the folder of a serving stage"):
         asked("serve", files=files)
+
+
+# ---- the real stages
+
+
+def _real(**configs: Any) -> list[Wish]:
+    loaded = {name: stages.load(name) for name in ("fetch", "prepare", "finetune", "merge")}
+    return [Wish(stage=s, config=s.config(**configs.get(name, {})), overrides={}) for name, s in loaded.items()]
+
+
+@pytest.mark.parametrize("model", ["org/name", "https://a.org/x.gguf"])
+def test_what_is_fetched_feeds_the_stages_that_follow(model: str) -> None:
+    wishes = _real(fetch={"model": model, "datasets": ("org/faq",)})
+    found = {p.name: p for p in plan(wishes, ["merge"], SLURM, FakeFacts()).stages}
+    assert list(found) == ["fetch", "prepare", "finetune", "merge"]
+    given = {name: {s.name: (s.stage, s.value) for s in p.sources} for name, p in found.items()}
+    assert given["prepare"] == {"records": ("fetch", "data"), "tokenizer": ("fetch", "model")}
+    assert given["finetune"]["base_model"] == given["merge"]["base_model"] == ("fetch", "model")
+    assert given["fetch"] == {"model": (None, model)}
+
+
+def test_a_fetch_of_nothing_is_left_out() -> None:
+    facts = FakeFacts({"rows.jsonl": "x"})
+    wishes = _real(prepare={"data": ("rows.jsonl",)}, finetune={"base_model": "org/base"})
+    wishes[1] = replace(wishes[1], stage=replace(wishes[1].stage, check=None))
+    made = plan(wishes, ["fetch", "prepare", "finetune", "merge"], SLURM, facts)
+    assert [p.name for p in made.stages] == ["prepare", "finetune", "merge"]
+    assert made.notes[0] == "fetch: nothing to do, no fetch.model and no fetch.datasets is named"

@@ -17,6 +17,7 @@ from hpc.inside import lab
 from tests.support import probe, serving
 
 ROOT = Path(lab.__file__).resolve().parents[2]
+_FILES = ("train.jsonl", "eval.jsonl", "report.json", "dropped.jsonl")
 ROWS = [{"instruction": f"What is wall {i}?", "output": f"Wall {i} is a wall."} for i in range(6)]
 
 
@@ -29,13 +30,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.train
 def test_stage_leaves_what_a_job_leaves(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = lab.run("prepare", data=[Path("data.jsonl")], eval_rows=2, out="lab/prepare")
     assert (done.metrics["train"], done.metrics["eval"]) == (4, 2)
     assert len((Path(done.outputs["dataset"]) / "train.jsonl").read_text().splitlines()) == 4
     manifest = json.loads((here / "lab/prepare/manifest.json").read_text())
     assert manifest["schema"] == "hpc.manifest/1"
-    assert manifest["outputs"]["dataset"]["files"].keys() == {"train.jsonl", "eval.jsonl", "report.json"}
+    assert manifest["outputs"]["dataset"]["files"].keys() == set(_FILES)
     config = json.loads((here / "lab/prepare/config.json").read_text())
     assert config["config"]["data"] == [str(here / "data.jsonl")]
     assert config["config"]["seed"] == 0, "every default is written out"
@@ -43,6 +45,7 @@ def test_stage_leaves_what_a_job_leaves(here: Path, capsys: pytest.CaptureFixtur
     assert "prepare: done in" in capsys.readouterr().out
 
 
+@pytest.mark.train
 def test_what_is_done_is_not_done_again_and_other_settings_replace_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,7 +71,12 @@ def test_what_is_done_is_not_done_again_and_other_settings_replace_it(
         ("prepare", {"data": "data.jsonl", "format": "csv"}, "prepare.format = 'csv'", "'guanaco'"),
         ("prepare", {"data": "data.jsonl", "languages": ["xx"]}, "'xx' is not known", ""),
         ("prepare", {"data": "date.jsonl"}, "the file 'date.jsonl' is not there", ""),
-        ("prepare", {"data": "data.jsonl", "eval_rows": 6}, "6 of 6 records are left", "check prepare.languages"),
+        pytest.param(
+            *("prepare", {"data": "data.jsonl", "eval_rows": 6}, "6 of 6 records are left", "check prepare.languages"),
+            marks=pytest.mark.train,
+        ),
+        ("prepare", {"data": "data.jsonl", "weights": ["x"]}, "prepare.weights = ['x']", "tuple[float, ...]"),
+        ("prepare", {}, "prepare.data names no file", "fetch.datasets"),
         ("finetune", {}, "finetune needs a hf_model as 'base_model'", "set finetune.base_model"),
         ("finetune", {"base_model": "nowhere"}, "there is no 'nowhere'", "give a folder"),
         ("jupyter", {}, "jupyter serves", 'lab.start("jupyter", …)'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,14 @@ def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
     assert refused.value.param == ("max_tokens" if field == "max_tokens" else field)
 
 
+def test_an_adapter_is_asked_for_as_a_model() -> None:
+    served = replace(SERVED, adapters={"stars": {"lora_id": 1, "lora_name": "stars", "lora_path": "/l/stars"}})
+    found = openai.words_for({"model": "stars"}, "text", served, special=None)
+    assert (found["lora_id"], found["lora_name"], found["lora_path"]) == (1, "stars", "/l/stars")
+    for model in ("m", None):
+        assert "lora_name" not in openai.words_for({"model": model}, "text", served, special=None)
+
+
 def test_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert openai.messages_of({"messages": [{"role": "user", "content": parts}]}) == [{"role": "user", "content": "ab"}]
@@ -73,3 +82,11 @@ def test_a_request_gets_an_id_and_keeps_its_own() -> None:
     assert door._with_id(b'{"id": "mine"}') == ("mine", b'{"id": "mine"}')
     for other in (b"[1]", b"no", b""):
         assert door._with_id(other) == ("", other)
+
+
+def test_an_adapter_is_asked_by_its_name() -> None:
+    served = Served(name="m", target="ensemble", max_tokens=9, adapters=["stars"])
+    assert served.names == ("m", "stars")
+    assert openai.words_for({"model": "stars"}, "text", served, special=False)["lora_name"] == "stars"
+    assert "lora_name" not in openai.words_for({"model": "m"}, "text", served, special=False)
+    assert "lora_name" not in openai.words_for({}, "text", served, special=False)

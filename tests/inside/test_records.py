@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpc.core.errors import UsageError
-from hpc.inside import records
+from hpc.inside import records, sources
 
 
 def write(path: Path, *values: Any) -> Path:
@@ -36,7 +38,10 @@ PAIR = [("user", "Q1"), ("assistant", "A1")]
         {"instruction": "Q1", "input": "", "output": "A1", "language": "en"},
         {"instruction": "Q1", "output": " A1 "},
         {"messages": [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q1"}]}, {"role": "bot", "content": "A1"}]},
         {"conversations": [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}]},
+        {"instruction": "Q1", "context": "", "response": "A1"},
+        {"prompt": "Q1", "completion": "A1"},
     ],
 )
 def test_each_form_gives_the_same_conversation(tmp_path: Path, value: dict[str, Any]) -> None:
@@ -91,6 +96,83 @@ def test_what_cannot_be_learnt_from_is_named(tmp_path: Path, turns: list[tuple[s
 def test_a_system_message_stays_first(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, {"system": "S", "instruction": "Q1", "input": "in", "output": "A1"})
     assert said(row) == [("system", "S"), ("user", "Q1\n\nin"), ("assistant", "A1")]
+
+
+def test_sharegpt_keeps_its_system_message_beside_the_turns(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}]
+    (row,) = rows(tmp_path, {"conversations": turns, "system": "S"})
+    assert said(row) == [("system", "S"), *PAIR]
+
+
+def test_reasoning_beside_an_answer_goes_before_it(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}]
+    (row,) = rows(tmp_path, {"messages": turns})
+    assert said(row)[1] == ("assistant", "<think>\nhm\n</think>\n\nA")
+
+
+def test_a_dialogue_with_its_summary(tmp_path: Path) -> None:
+    log = [{"user utterance": "@Shop it broke https://t.co/x", "system response": "Sorry!  ^AB"}]
+    info = {"summaries": {"abstractive_summaries": [["A customer complains.", "The agent is sorry."], ["Other"]]}}
+    tweets, plain = rows(
+        tmp_path,
+        {"log": log, "original dialog info": json.dumps(info)},
+        {"dialogue": "A: hi", "summary": "A greets."},
+    )
+    asked = "Write a summary of the conversation below.\n\n"
+    summary = "A customer complains. The agent is sorry."
+    assert said(tweets) == [("user", f"{asked}user: it broke\nagent: Sorry!"), ("assistant", summary)]
+    assert said(plain) == [("user", f"{asked}A: hi"), ("assistant", "A greets.")]
+
+
+def test_a_gzipped_file_reads_like_the_plain_one(tmp_path: Path) -> None:
+    line = json.dumps({"instruction": "Q1", "output": "A1"}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 3))
+    assert [row.number for row in records.read(tmp_path / "a.jsonl.gz")] == [1, 2, 3]
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(line * 3)[:-9])
+    with pytest.raises(UsageError, match="cannot read"):
+        list(records.read(tmp_path / "cut.jsonl.gz"))
+
+
+def test_a_large_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_PIECE", 64)
+    values = [{"instruction": f"Q{i}", "output": "Ä" * i} for i in range(60)]
+    (tmp_path / "a.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    found = list(records.read(tmp_path / "a.json"))
+    assert [row.number for row in found] == [2 + 4 * i for i in range(60)]
+    assert len(list(sources.pieces(tmp_path / "a.json"))) > 20
+    monkeypatch.setattr(sources, "_LONGEST", 100)
+    (tmp_path / "b.json").write_text('[{"instruction": "' + "x" * 1000)
+    with pytest.raises(UsageError, match=r"b\.json line 1: not valid JSON"):
+        list(records.read(tmp_path / "b.json"))
+
+
+def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json", "dataset_info.json", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in sources.files(tmp_path)] == ["a.json", "b.jsonl"]
+
+
+@pytest.mark.train
+def test_parquet_and_arrow_read_like_lines(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    turns = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    table = pyarrow.table({"messages": [turns] * 3 + [turns[:1]]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    (saved,) = sources.files(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", saved):
+        sources.looks_whole(path)
+        found = list(records.read(path))
+        assert [said(row) for row in found] == [PAIR, PAIR, PAIR, []]
+        assert (found[3].where, found[3].dropped) == (f"{path.name} row 4", "no answer")
+    os.truncate(tmp_path / "a.parquet", 200)
+    with pytest.raises(UsageError, match="is not a whole Parquet file"):
+        sources.looks_whole(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet row 1: cannot be read"):
+        list(records.read(tmp_path / "a.parquet"))
 
 
 def test_a_json_array_reads_like_lines(tmp_path: Path) -> None:

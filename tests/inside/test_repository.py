@@ -10,6 +10,7 @@ from hpc.core.assets import TEMPLATES
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.inside import pbtxt, repository
 from hpc.inside.repository import ENGINES, Settings
+from stages import serve
 
 TRITON = TEMPLATES / "triton"
 LAB = Settings(
@@ -78,6 +79,21 @@ def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:
     assert "decoupled: true" in text
     assert "${" not in text
     assert (made / "tensorrt_llm" / "1" / "model.py").read_text() == "# the vendor's"
+
+
+def test_llmapi_knows_its_adapters_beforehand(tmp_path: Path) -> None:
+    for name, rank in (("a", 8), ("b", 64)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+    told = serve.lora_config([str(tmp_path / "a"), str(tmp_path / "b")])
+    made = render(tmp_path, "llmapi", Settings(enable_lora=True, lora_config=told))
+    text = (made / "tensorrt_llm" / "1" / "model.yaml").read_text()
+    assert "enable_lora: true" in text
+    assert f"lora_config: {{lora_dir: ['{tmp_path}/a'], max_lora_rank: 64, max_loras: 2, max_cpu_loras: 2}}" in text
+    for model in ("ensemble", "tensorrt_llm"):
+        assert {"lora_id", "lora_name", "lora_path"} <= {i["name"][0] for i in config(made, model)["input"]}
+    plain = render(tmp_path, "llmapi", Settings())
+    assert "lora_config: null" in (plain / "tensorrt_llm" / "1" / "model.yaml").read_text()
 
 
 def test_llmapi_needs_the_images_own_code(tmp_path: Path, image: Path) -> None:

@@ -75,7 +75,8 @@ class Service:
         code = PAYLOAD.format(server=server, delay=delay, options=options, before=before)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, self.folder.path],
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "SLURM_JOB_ID": job}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "SLURM_JOB_ID": job},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def ready(self, timeout: float = 20) -> endpoint.Endpoint:

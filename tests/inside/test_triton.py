@@ -39,17 +39,18 @@ def test_ranks_of_one_node_start_by_mpirun_and_only_the_first_answers() -> None:
     assert len({rank[-1] for rank in ranks}) == 4
 
 
-def test_ranks_of_several_nodes_start_by_slurm() -> None:
-    words = triton.for_srun(Path("/a b"), PORTS, "p_", world=16, nodes=2)
-    assert words[:4] == ["--mpi=pmix", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"]
-    # the shell's own reading of it, with a program that prints its words instead of the server
-    for rank in (0, 3):
-        script = words[-1].replace("exec tritonserver", f"exec {sys.executable} -c 'import sys; print(sys.argv)'")
-        env = {**os.environ, "SLURM_PROCID": str(rank)}
-        shown = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True, env=env).stdout
-        assert "--model-repository=/a b" in shown
-        assert f"p_rank{rank}_" in shown
-        assert ("--http-port=1" in shown) is (rank == 0)
+def test_ranks_that_slurm_has_started_each_have_their_own_command() -> None:
+    first = triton.of_rank(Path("/r"), PORTS, "p_", 0, wrapped=False)
+    assert first == triton.argv(Path("/r"), PORTS, "p_")
+    third = triton.of_rank(Path("/r"), PORTS, "q_", 3, wrapped=False)
+    assert {"--allow-http=false", "--allow-grpc=false", "--allow-metrics=false", "--load-model=tensorrt_llm"} < set(
+        third
+    )
+    assert third[-1].endswith("=q_rank3_")
+    assert not [word for word in third if "-port" in word]
+    wrapped = [triton.of_rank(Path("/r"), PORTS, "p_", rank, wrapped=True) for rank in (0, 3)]
+    assert [words[:2] for words in wrapped] == [["trtllm-llmapi-launch", "tritonserver"]] * 2
+    assert all("--http-port=1" in words for words in wrapped)  # the launcher starts it on the first one alone
 
 
 @pytest.mark.parametrize(

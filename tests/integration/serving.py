@@ -16,10 +16,14 @@ from .cluster import Cluster
 from .project import Project
 
 MODEL = """
+import copy, json
+from pathlib import Path
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # two wait for each other where the machine is busy
 special = {"<s>": 0, "</s>": 1, "<|user|>": 2, "<|assistant|>": 3}
 letters = {c: i + len(special) for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 tokenizer = Tokenizer(models.BPE(vocab={**special, **letters}, merges=[]))
@@ -45,7 +49,7 @@ line = torch.tensor([[*asked, *tokenizer.encode(text).ids, 1]])
 labels = line.clone()
 labels[:, :len(asked)] = -100
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(400):
+for step in range(600):
     loss = model(input_ids=line, labels=labels).loss
     loss.backward()
     optimizer.step()
@@ -54,6 +58,32 @@ for step in range(400):
         break
 print(step, loss.item())
 model.eval().save_pretrained("hf")
+# what transformers itself says to something that it has not learned
+start = tokenizer.encode("<|user|>naïve 인사<|assistant|>").ids
+with torch.no_grad():
+    said = model.generate(torch.tensor([start]), max_new_tokens=48, min_new_tokens=48, do_sample=False)
+tokens = said[0, len(start):].tolist()
+json.dump({"tokens": len(tokens), "text": tokenizer.decode(tokens)}, open("greedy.json", "w"))
+
+# two LoRA adapters, and what the model says with each of them merged into it
+said = {}
+targets = {"first": ("q_proj", "v_proj"), "second": ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+for number, (name, places) in enumerate(targets.items()):
+    torch.manual_seed(number)
+    changed, weights, rank = copy.deepcopy(model), {}, 4 + number
+    for place, matrix in changed.named_modules():
+        if place.endswith(places):
+            a, b = torch.randn(rank, matrix.in_features) * 0.3, torch.randn(matrix.out_features, rank) * 0.3
+            weights |= {f"base_model.model.{place}.lora_{side}.weight": x for side, x in (("A", a), ("B", b))}
+            matrix.weight.data += 2 * b @ a
+    folder = Path("adapters", name)
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    new = changed.generate(torch.tensor([asked]), max_new_tokens=40, do_sample=False)[0][len(asked):]
+    said[name] = tokenizer.decode(new.tolist(), skip_special_tokens=True)
+Path("adapters", "said.json").write_text(json.dumps(said))
 """
 TEXT = "안녕하세요 🙂 반갑습니다! <think>음…</think> naïve 끝"
 QUESTION = "인사"
@@ -124,13 +154,13 @@ class Served:
 
     def grpc(
         self, what: str, image: Path, *, user: str = "alice", node: str = "login", token: str | None = None,
-        host: str = "",
+        host: str = "", port: int = 0,
     ) -> subprocess.Popen[str]:  # fmt: skip
         """One of tests/support/grpcing.py, which runs in the image with Triton's own client."""
         inside = ("apptainer", "-s", "exec", str(image), "timeout", "90", "python3", "-c", GRPCING)
         pipe = subprocess.PIPE
         process = self.project.cluster.popen(
-            user, *inside, f"{host or self.node}:{self.ports['grpc']}", what, PROMPT, node=node,
+            user, *inside, f"{host or self.node}:{port or self.ports['grpc']}", what, PROMPT, node=node,
             stdin=pipe, stdout=pipe, stderr=pipe,
         )  # fmt: skip
         assert process.stdin is not None

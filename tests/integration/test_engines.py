@@ -14,8 +14,10 @@ from hpc.core import passport
 from tests.support import trtllm_stub
 
 from .cluster import Cluster
+from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
 from .test_environments import ENGINE, MODEL
+from .test_states import ended
 
 
 @pytest.fixture
@@ -105,6 +107,77 @@ def test_four_ranks_are_built_on_the_four_gpus_of_the_job(project: Project, stub
     assert (engine / "tokenizer.json").is_file()
     manifest = json.loads((engine.parent.parent / "manifest.json").read_text())
     assert manifest["metrics"]["argv"][0] == "trtllm-build"
+
+
+def test_four_ranks_on_two_nodes_are_built_and_served(project: Project, stub: Path) -> None:
+    """Each is a task of Slurm, with a GPU of its own; the first one's door answers, and ends them all."""
+    pins = CHECKOUT / "containers" / "trtllm.requirements.txt"
+    argv = (
+        "/usr/bin/python3",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--target",
+        next(stub.glob("lib/*/site-packages")),
+    )
+    done = subprocess.run((*argv, "-r", pins, "numpy==1.26.4"), check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trtllm_stub.install(stub, server=True)
+    project.write("hpc.toml", (project.folder / "hpc.toml").read_text().replace('"build"]', '"build", "serve"]'))
+    project.write(
+        "sites/slurm-test.toml", 'mpi = "pmi2"\n' + (project.folder / "sites" / "slurm-test.toml").read_text()
+    )
+    ranks = ("tp_size=2", "pp_size=2", "nodes=2")
+    words = [word for name in ranks for word in ("--set", f"build.{name}")]
+    words += ["--set", "serve.private=false", "--set", "serve.resources.cpus_per_task=1"]
+    plan = project.hpc("plan", *words).stdout
+    assert "build: 2 nodes with 2 ranks of MPI each" in plan
+    assert "serve: 2 nodes with 2 ranks each (srun --mpi), shared nodes" in plan
+    shown = project.hpc("submit", "pipeline", *words, "--wait", timeout=300)
+    built = [json.loads((engine_of(project) / f"rank{rank}.engine").read_text()) for rank in range(4)]
+    assert len({(rank["host"], rank["gpu"]) for rank in built}) == 4, built
+    assert len({rank["host"] for rank in built}) == 2
+    made = passport.read(engine_of(project))
+    assert (made.tp_size, made.pp_size) == (2, 2)
+    assert "/serve is ready on" in shown.stderr
+    (row,) = (row for row in project.json("status")["stages"] if row["stage"] == "serve")
+    folder = Path(row["folder"])
+    token, base = (folder / "token").read_text(), f"http://{row['endpoint']}"
+    asked = ("curl", "-s", "-H", f"Authorization: Bearer {token}", "-d", '{"text_input": "x"}')
+    said = project.cluster.run("alice", *asked, f"{base}/v2/models/ensemble/generate").stdout
+    served = sorted(json.loads(said)["ranks"], key=lambda rank: int(rank["rank"]))
+    assert [rank["rank"] for rank in served] == [0, 1, 2, 3]
+    assert {rank["ranks"] for rank in served} == {4}
+    assert len({(rank["host"], rank["gpu"]) for rank in served}) == 4, served
+    assert [len({rank[name] for rank in served}) for name in ("host", "shm")] == [2, 4]
+    assert served[0]["host"] == served[1]["host"] == row["node"].split("[")[0] or row["endpoint"].startswith(
+        served[0]["host"]
+    )
+    project.hpc("cancel", row["run"])
+    end = project.until(ended("serve"), row["run"], 60)["serve"]
+    assert end["state"] == "CANCELLED"
+    for number in range(4):
+        log = (folder / "attempt-1" / (f"task-{number}" if number else "") / "stdout").read_text()
+        assert ("Triton has ended with exit code 0" in log) is (number == 0)
+        assert (f"rank {number} of 4 on" in log) is (number > 0)
+    left = project.cluster.run("alice", "ps", "-u", "alice", "-o", "args=").stdout
+    assert str(folder / "repository") not in left
+
+    # and one that dies: its reason is the job's
+    project.write(
+        "sites/slurm-test.toml",
+        (project.folder / "sites" / "slurm-test.toml")
+        .read_text()
+        .replace("STUB_SECONDS", 'STUB_RANK_DIES = "3", STUB_SECONDS'),
+    )
+    project.hpc("submit", "serve", *words, "--wait", check=False, timeout=120)
+    end = project.until(ended("serve"), timeout=60)["serve"]
+    assert end["state"] == "FAILED"
+    assert end["reason"].startswith(f"rank 3 on {served[3]['host'][:3]}"), end
+    assert "expecting compute 9.0" in end["reason"]
+    assert "another type of GPU" in end["hint"]
 
 
 def test_what_cannot_be_divided_never_reaches_the_queue(project: Project, stub: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +20,17 @@ from .conftest import CHECKOUT
 from .project import SITE, Project
 from .test_service import http
 from .test_states import ended
+from .test_tunnel import until
 
 SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
 
 
-@pytest.fixture
-def jupyter(cluster: Cluster, workdir: Path, hpc_install: Path, lab_sif: Path) -> Iterator[Project]:
+@pytest.fixture(scope="module")
+def jupyter(cluster: Cluster, hpc_install: Path, lab_sif: Path) -> Iterator[Project]:
     """A project of alice's whose JupyterLab runs."""
-    made = Project(cluster, workdir, hpc_install)
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
+    shutil.chown(folder, "alice", "alice")
+    made = Project(cluster, folder, hpc_install)
     made.write("sites/slurm-test.toml", SITE.format(images=lab_sif.parent) + 'login_host = "login"\n')
     made.write(
         "hpc.toml", 'site = "slurm-test"\n[jupyter]\ngpus = 1\n[jupyter.resources]\ncpus_per_task = 1\nmem_gb = 2\n'
@@ -33,9 +39,10 @@ def jupyter(cluster: Cluster, workdir: Path, hpc_install: Path, lab_sif: Path) -
     yield made
     made.hpc("cancel", "jupyter")
     made.until(ended("jupyter"))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tunnel(jupyter: Project) -> Iterator[dict[str, Any]]:
     """What `hpc tunnel` says, and its first step done on the laptop."""
     document = jupyter.json("tunnel", "jupyter")
@@ -82,3 +89,39 @@ def test_nobody_else_gets_in(jupyter: Project, tunnel: dict[str, Any]) -> None:
         assert cluster.run("bob", "ls", str(runtime), node=node, check=False).returncode != 0
     files = [p for p in jupyter.folder.rglob("*") if p.is_file() and p.name != "token"]
     assert not [p for p in files if token.encode() in p.read_bytes()]
+
+
+def test_an_open_tab_outlives_a_requeue(jupyter: Project, browser: Path, workdir: Path) -> None:
+    """The job moves to another node; the tunnel follows, and the tab that is open is let in without a new address."""
+    hpc, pipe = str(jupyter.venv / "bin" / "hpc"), subprocess.PIPE
+    follows = jupyter.cluster.popen(
+        "alice", hpc, "tunnel", "--via", f"login:{jupyter.folder}", "--local-port", "24680", node="laptop",
+        env={"HPC_REMOTE": hpc}, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+    )  # fmt: skip
+    sign, picture = workdir / "open", workdir / "picture.png"
+    program = shutil.copy(CHECKOUT / "tests" / "support" / "browser.py", workdir)
+    try:
+        assert follows.stdout is not None
+        assert follows.stderr is not None
+        url = follows.stdout.readline().strip()
+        assert url.startswith("http://localhost:24680/lab?token=")
+        # reset: without what the last test has left open
+        argv = (str(browser), str(program), f"{url}&reset", str(picture), "", str(sign))
+        tab = jupyter.cluster.popen("alice", *argv, node="laptop", stdout=pipe, stderr=pipe)
+        until(sign.exists, "the page is there", 60)
+        row = jupyter.states()["jupyter"]
+        job = ("update", f"jobid={row['job_id']}", f"ExcNodeList={row['node']}")
+        jupyter.cluster.run("alice", "scontrol", "requeue", str(row["job_id"]))
+        jupyter.until(lambda f: f["jupyter"]["state"] == "PENDING")
+        jupyter.cluster.run("alice", "scontrol", *job, "StartTime=now")
+        while "is ready again on" not in (line := follows.stderr.readline()):
+            assert line, "the tunnel has ended"
+        assert row["node"] not in line
+        sign.unlink()
+        out, err = tab.communicate(timeout=120)
+        assert out.strip() == "six times seven is 42", err
+    finally:
+        sign.unlink(missing_ok=True)
+        follows.send_signal(signal.SIGTERM)
+        out, _ = follows.communicate(timeout=20)
+    assert out == "", "no other address was shown"

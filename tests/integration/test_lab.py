@@ -6,8 +6,10 @@ import json
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pytest
 
 from hpc.core.assets import TEMPLATES
 
+from .cluster import Cluster
 from .conftest import CHECKOUT
-from .project import Project
+from .project import SITE, Project, jobs
 from .test_jupyter import SSH
+from .test_states import ended
 
 NAME = "finetuning-lab.ipynb"
 SMALLEST = {
@@ -38,25 +42,60 @@ train = "{train}"
 """
 
 
-@pytest.fixture
-def lab(project: Project, lab_sif: Path, train_sif: Path, demo_files: Path) -> Project:
+def made(project: Project, lab_sif: Path, train_sif: Path, demo_files: Path) -> Project:
     """A project like the demo's, with the lab on the cluster."""
     for name in ("data/faq.jsonl", "models/smollm2.gguf"):
         project.write(name, "")
         shutil.copyfile(demo_files / name, project.folder / name)
-    site = project.folder / "sites" / "slurm-test.toml"
-    site.write_text(site.read_text() + 'login_host = "login"\n')
+    project.write("sites/slurm-test.toml", SITE.format(images=lab_sif.parent) + 'login_host = "login"\n')
     project.write("hpc.toml", SETTINGS.format(lab=lab_sif, train=train_sif))
     return project
 
 
-def ready(lab: Project) -> str:
-    """The run of a lab that answers."""
-    lab.hpc("submit", "jupyter", "--set", f"jupyter.open={NAME}", "--wait", timeout=180)
-    (row,) = lab.states().values()
+@pytest.fixture
+def lab(project: Project, lab_sif: Path, train_sif: Path, demo_files: Path) -> Project:
+    return made(project, lab_sif, train_sif, demo_files)
+
+
+@pytest.fixture(scope="module")
+def folders() -> Iterator[Callable[[], Path]]:
+    """Makes folders of alice's that stay until the last test."""
+    with ExitStack() as stack:
+
+        def new() -> Path:
+            folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            shutil.chown(folder, "alice", "alice")
+            return folder
+
+        yield new
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle(cluster: Cluster, hpc_install: Path, lab_sif: Path, folders: Callable[[], Path]) -> Iterator[Project]:
+    """A lab that nobody uses, while the other tests run."""
+    project = Project(cluster, folders(), hpc_install)
+    project.write("sites/slurm-test.toml", SITE.format(images=lab_sif.parent))
+    small = "resources = { cpus_per_task = 1, mem_gb = 2, time_min = 15 }"
+    project.write("hpc.toml", f'site = "slurm-test"\n[jupyter]\ngpus = 0\nidle_min = 1\n{small}\n')
+    project.hpc("submit", "jupyter")
+    yield project
+    if left := jobs(project, "%i"):
+        cluster.run("alice", "scancel", *left)
+
+
+@pytest.fixture(scope="module")
+def running(
+    cluster: Cluster, hpc_install: Path, lab_sif: Path, train_sif: Path, demo_files: Path, folders: Callable[[], Path]
+) -> Iterator[tuple[Project, str]]:
+    """A lab that answers, and its run."""
+    project = made(Project(cluster, folders(), hpc_install), lab_sif, train_sif, demo_files)
+    project.hpc("submit", "jupyter", "--set", f"jupyter.open={NAME}", "--wait", timeout=180)
+    (row,) = project.states().values()
     assert row["endpoint"], row
-    run: str = row["run"]
-    return run
+    yield project, row["run"]
+    if left := jobs(project, "%i"):
+        cluster.run("alice", "scancel", *left)
 
 
 def typed_into(path: Path, own: Mapping[str, str]) -> None:
@@ -89,8 +128,8 @@ def execute(
     return said, outputs, time.monotonic() - begin
 
 
-def test_notebook_runs_from_data_to_answers_and_the_same_can_be_planned(lab: Project) -> None:
-    run = ready(lab)
+def test_notebook_runs_from_data_to_answers_and_the_same_can_be_planned(running: tuple[Project, str]) -> None:
+    lab, run = running
     workspace = lab.folder / "workspace"
     assert (workspace / NAME).read_bytes() == (TEMPLATES / "labs" / NAME).read_bytes()
     copy = workspace / "mine.ipynb"
@@ -121,13 +160,10 @@ def test_notebook_runs_from_data_to_answers_and_the_same_can_be_planned(lab: Pro
     assert all(f"{stage}: done already" in said[cell] for cell, stage in
                (("prepare", "prepare"), ("train", "finetune"), ("merge", "merge")))  # fmt: skip
     assert seconds < 60
-    lab.hpc("reset", "jupyter", "--yes")
-    assert (workspace / "mine.ipynb").exists()
-    assert model.is_dir()
 
 
-def test_printed_address_opens_the_notebook(lab: Project, browser: Path) -> None:
-    run = ready(lab)
+def test_printed_address_opens_the_notebook(running: tuple[Project, str], browser: Path) -> None:
+    lab, run = running
     document = lab.json("tunnel", run)
     words = shlex.split(document["command"])
     process = lab.cluster.popen("alice", "ssh", *SSH, *words[1:], node="laptop")
@@ -144,11 +180,10 @@ def test_printed_address_opens_the_notebook(lab: Project, browser: Path) -> None
         process.wait()
     assert shown.stdout.startswith("Finetuning lab")
     shutil.copy(picture, lab.cluster.dir / "lab.png")  # for docs/
-    lab.hpc("reset", "jupyter", "--yes")
 
 
-def test_error_in_a_cell_is_two_sentences(lab: Project) -> None:
-    run = ready(lab)
+def test_error_in_a_cell_is_two_sentences(running: tuple[Project, str]) -> None:
+    lab, run = running
     wrong = {
         "nbformat": 4, "nbformat_minor": 5, "metadata": {},
         "cells": [{"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None,
@@ -163,4 +198,21 @@ def test_error_in_a_cell_is_two_sentences(lab: Project) -> None:
     assert cell["outputs"][0]["traceback"] == [
         "error: prepare has no setting 'dat'", "  try: did you mean 'data'?"
     ], done.stderr  # fmt: skip
+
+
+def test_reset_ends_the_lab_and_leaves_what_was_made(running: tuple[Project, str]) -> None:
+    lab, _ = running
     lab.hpc("reset", "jupyter", "--yes")
+    assert jobs(lab) == []
+    kept = ("mine.ipynb", "lab/merge/out/model/model.safetensors")
+    assert all((lab.folder / "workspace" / name).is_file() for name in kept)
+    assert "nothing to reset" in lab.hpc("reset", "jupyter").stdout
+
+
+def test_lab_that_nobody_uses_ends_itself(idle: Project) -> None:
+    """It has had the time of the other tests for that: Jupyter looks once a minute."""
+    row = idle.until(ended("jupyter"), timeout=240)["jupyter"]
+    assert row["state"] == "COMPLETED", row
+    assert "No kernels for" in "".join((idle.folder / "runs" / row["run"] / "jupyter/attempt-1/stderr").read_text())
+    told = idle.hpc("tunnel", "jupyter", check=False)
+    assert (told.returncode, f"{row['run']}/jupyter has ended: COMPLETED" in told.stderr) == (5, True)

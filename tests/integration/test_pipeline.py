@@ -1,4 +1,4 @@
-"""The main job on the cluster: prepare, finetune and merge on real data and real weights, in the train image."""
+"""The main job on the cluster: fetch, prepare, finetune and merge on real data and real weights, in the train image."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .project import Project
 DEMO = Path(__file__).resolve().parent.parent.parent / "demo"
 
 SETTINGS = """\
-site = "slurm-test"
+site = "login-test"
 [pipeline]
-stages = ["prepare", "finetune", "merge"]
+stages = ["fetch", "prepare", "finetune", "merge"]
+[fetch]
+model = "smollm2.gguf"
+datasets = ["./faq.jsonl"]
 [prepare]
-data = ["faq.jsonl"]
 languages = ["en"]
 max_samples = 540
 eval_rows = 4
 resources = { cpus_per_task = 2, mem_gb = 4 }
 sbatch = { nodelist = "dgx01" }
 [finetune]
-base_model = "smollm2.gguf"
 lora_r = 4
 max_steps = 4
 batch_size = 1
@@ -46,14 +47,19 @@ def lab(project: Project, train_sif: Path, demo_files: Path) -> Project:
     for file in (demo_files / "data" / "faq.jsonl", demo_files / "models" / "smollm2.gguf"):
         shutil.copy(file, project.folder / file.name)
     project.write("hpc.toml", SETTINGS)
+    project.write("sites/login-test.toml", 'extends = "slurm-test"\nnetwork = "login"\n')
     assert (train_sif.parent / "train.sif").samefile(train_sif)  # the site finds it by the environment's name
     return project
 
 
 def test_pipeline_in_the_train_image_on_three_nodes(lab: Project) -> None:
+    assert "note: fetch runs on this login node" in lab.hpc("plan").stdout
     done = lab.hpc("submit", "pipeline", "--wait", timeout=600)
     assert "completed" in done.stderr
-    found = lab.states()
+    fetch = json.loads((lab.folder / "runs" / "fetch-1" / "fetch" / "manifest.json").read_text())
+    assert fetch["host"] == "login", "the site says that only it has a network"
+    assert {"config.json", "model.safetensors"} <= fetch["outputs"]["model"]["files"].keys()
+    found = {name: row for name, row in lab.states().items() if name != "fetch"}
     assert [s["state"] for s in found.values()] == ["COMPLETED"] * 3
     assert [s["node"] for s in found.values()] == ["dgx01", "dgx02", "dgx03"]
 
@@ -71,4 +77,4 @@ def test_pipeline_in_the_train_image_on_three_nodes(lab: Project) -> None:
 
     # what is done is not done again, by whatever name it is asked for
     again = lab.hpc("submit", "finetune")
-    assert "nothing to do for prepare (done), finetune (done)" in again.stdout
+    assert "prepare (done), finetune (done)" in again.stdout

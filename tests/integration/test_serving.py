@@ -10,16 +10,21 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpc.core import rundir
+from hpc.core.rundir import AttemptDir
+
 from .cluster import Cluster
 from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
 from .serving import QUESTION, TEXT, Served, events, make_model, said
+from .test_laptop import Laptop
 from .test_states import ended
 
 OPENAI = "openai==3.57.0"
@@ -40,9 +45,11 @@ def engine(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator
         "hpc.toml",
         f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["build"]\n'
         f'[build]\nengine = "onnxruntime_genai"\nmodel = "{hf}"\n'
+        'lora = ["first=model/adapters/first", "second=model/adapters/second"]\n'
         "[build.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
     )
     project.hpc("submit", "build", "--wait", timeout=300)
+    folder.chmod(0o755)  # bob serves it too
     yield folder / "runs" / "build-1" / "build" / "out" / "engine"
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -65,14 +72,65 @@ def shared(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pat
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def project_of(made: Project, serve_cpu_sif: Path, engine: Path) -> Iterator[Project]:
+@pytest.fixture(scope="module")
+def lasting(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Project]:
+    """alice's, of three minutes, with a successor after one. It is submitted early, and looked at late."""
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
+    shutil.chown(folder, "alice", "alice")
+    for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
+        settings = ("serve.successors=1", "serve.handover_min=2", "serve.resources.time_min=3")
+        project.hpc("submit", "serve", *(word for setting in settings for word in ("--set", setting)))
+        yield project
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Neighbour:
+    """bob's service, on alice's engine, of two minutes; he asks it now and then until it ends."""
+
+    cluster: Cluster
+    folder: Path
+    asking: subprocess.Popen[str] | None = None
+
+    def load(self, *words: str, pause: str = "0") -> subprocess.Popen[str]:
+        program = self.folder.parents[2] / "load.py"
+        where = json.loads((self.folder / "endpoint.json").read_text())
+        argv = ("/usr/bin/python3", str(program), f"http://{where['host']}:{where['ports']['http']}")
+        pipe = subprocess.PIPE
+        token = str(self.folder / "token")
+        return self.cluster.popen("bob", *argv, token, *words, env={"PAUSE": pause}, stdout=pipe, stderr=pipe)
+
+    def ask_until_it_ends(self) -> None:
+        if self.asking is None:
+            until((self.folder / "endpoint.json").exists, "bob's is ready", 100)
+            self.asking = self.load("100000", "3", "60", pause="0.3")
+
+
+@pytest.fixture(scope="module")
+def neighbour(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Path) -> Iterator[Neighbour]:
+    folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/bob"))
+    (made,) = project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine, minutes=2)
+    made.write("load.py", (Path(__file__).parents[1] / "support" / "load.py").read_text())
+    for path in (folder, *folder.rglob("*")):
+        shutil.chown(path, "bob", "bob")
+    hpc = str(hpc_install / "bin" / "hpc")
+    cluster.run("bob", hpc, "submit", "serve", cwd=made.folder)
+    one = Neighbour(cluster, folder / "runs" / "serve-1" / "serve")
+    yield one
+    cluster.run("bob", hpc, "cancel", "serve-1", cwd=folder, check=False)
+    if one.asking is not None:
+        one.asking.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def project_of(made: Project, serve_cpu_sif: Path, engine: Path, minutes: int = 10) -> Iterator[Project]:
     made.write("sites/slurm-test.toml", SITE.format(images=serve_cpu_sif.parent))
     made.write(
         "hpc.toml",
         f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["serve"]\n'
         '[build]\nengine = "onnxruntime_genai"\n'
         f'[serve]\nengine_dir = "{engine}"\nname = "tiny"\n'
-        "[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 10\n",
+        f"[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = {minutes}\n",
     )
     yield made
     left = jobs(made, "%i")
@@ -126,6 +184,27 @@ def nothing_left(one: Served, names: set[str]) -> None:
     assert not names & {path.name for path in Path("/dev/shm").iterdir()}
 
 
+def test_two_users_serve_and_ask_at_once(shared: Served, neighbour: Neighbour, lasting: Project) -> None:
+    until((neighbour.folder / "endpoint.json").exists, "bob's is ready", 100)
+    where = json.loads((neighbour.folder / "endpoint.json").read_text())
+    theirs, token = f"http://{where['host']}:{where['ports']['http']}", (neighbour.folder / "token").read_text()
+    both = [load(shared, 100, 8, 16), neighbour.load("100", "8", "16")]
+    assert [said(process)["ends"] for process in both] == [{"whole": 100}] * 2
+    assert shared.ask("/v1/models", user="bob", url=theirs, token=token)[0] == 200
+    assert shared.ask("/v1/models", url=theirs)[0] == 401
+    assert shared.ask("/v1/models", user="bob", token=token)[0] == 401
+    assert (where["host"], *where["ports"].values()) != (shared.node, *shared.ports.values())
+    neighbour.ask_until_it_ends()  # for the last but one test of this file
+
+
+def until(found: Callable[[], Any], what: str, timeout: float) -> Any:
+    deadline = time.monotonic() + timeout
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+    return value
+
+
 def test_what_it_says_is_whole_in_every_way_of_asking(shared: Served) -> None:
     code, body = shared.ask("/v1/chat/completions", CHAT)
     answer = json.loads(body)
@@ -153,6 +232,16 @@ def test_what_it_says_is_whole_in_every_way_of_asking(shared: Served) -> None:
         assert not [text for text in texts if "\ufffd" in text]
 
 
+def test_it_says_what_transformers_itself_says(shared: Served, engine: Path) -> None:
+    """Greedy, of something that it has not learned by heart; through the door, Triton and the engine."""
+    said = json.loads((engine.parents[4] / "model" / "greedy.json").read_text())
+    words = {"max_tokens": said["tokens"], "min_tokens": said["tokens"], "top_k": 1, "add_special_tokens": False}
+    asked = {"text_input": "<|user|>naïve 인사<|assistant|>", **words}
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        answer = json.loads(shared.ask(f"/v2/models/{model}/generate", asked)[1])
+        assert (answer["text_output"], answer["sequence_length"]) == (said["text"], 48)
+
+
 def test_stop_words_bad_words_and_lengths(shared: Served) -> None:
     chat = [{**CHAT, "stop": ["반갑습"]}, {**CHAT, "stop": ["zzz", "🙂 반"], "stream": True}]
     assert json.loads(shared.ask("/v1/chat/completions", chat[0])[1])["choices"][0]["message"]["content"] == (
@@ -172,6 +261,63 @@ def test_stop_words_bad_words_and_lengths(shared: Served) -> None:
         without = json.loads(shared.ask(f"/v2/models/{model}/generate", {**asked, "bad_words": ["🙂"]})[1])
         assert "안녕하세요" in without["text_output"]
         assert "🙂" not in without["text_output"]
+
+
+def test_answers_are_the_same_alone_and_together(shared: Served, engine: Path) -> None:
+    """Different lengths, ends and adapters in one batch; the adapters' as transformers says them, merged."""
+    asked = [
+        {"text_input": f"{n} " * (1 + 9 * n), "max_tokens": 10 + 7 * n, "stream": bool(n % 2), "top_k": 1}
+        for n in range(6)
+    ]
+    prompt = {"text_input": f"<s><|user|>{QUESTION}<|assistant|>", "max_tokens": 40, "add_special_tokens": False}
+    chat = [{**prompt, **more} for more in ({"lora_name": "first"}, {"lora_name": "second"}, {"stop_words": ["반갑"]})]
+    program = shared.project.write("at_once.py", (CHECKOUT / "tests" / "support" / "at_once.py").read_text())
+    words = ("/usr/bin/python3", str(program), shared.url, str(shared.folder / "token"))
+    done = shared.project.cluster.run("alice", *words, timeout=120, input=json.dumps([*asked, *chat, *asked[:3]]))
+    found = json.loads(done.stdout)
+    assert found["alone"] == found["together"]
+    expected = json.loads((engine.parents[4] / "model" / "adapters" / "said.json").read_text())
+    assert expected["first"] != expected["second"]
+    assert [text for text, _ in found["together"][6:9]] == [expected["first"], expected["second"], "안녕하세요 🙂 "]
+
+
+def test_an_adapter_is_a_model_for_openais_clients(shared: Served, engine: Path) -> None:
+    expected = json.loads((engine.parents[4] / "model" / "adapters" / "said.json").read_text())
+    code, body = shared.ask("/v1/chat/completions", {**CHAT, "model": "second", "max_tokens": 40})
+    assert (code, json.loads(body)["model"]) == (200, "second")
+    assert json.loads(body)["choices"][0]["message"]["content"] == expected["second"]
+    code, body = shared.ask("/v1/chat/completions", {**CHAT, "model": "third"})
+    assert (code, "it is 'tiny' or 'first' or 'second'" in body) == (404, True)
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        words = {"text_input": "x", "max_tokens": 3, "lora_name": "third"}
+        code, body = shared.ask(f"/v2/models/{model}/generate", words)
+        assert "there is no adapter 'third' in this engine: there are first, second" in body
+
+
+def test_the_engines_loop(cluster: Cluster, engine: Path, serve_cpu_sif: Path, hpc_install: Path) -> None:
+    """In the image, without Triton: who shares a pass, who waits, and who is told what."""
+    (code,) = hpc_install.glob("lib/python*/site-packages/hpc/_assets/templates/triton/onnxruntime_genai")
+    program = engine.parents[4] / "engine_alone.py"
+    shutil.copyfile(CHECKOUT / "tests" / "support" / "engine_alone.py", program)
+    inside = ("srun", "-c2", "apptainer", "-s", "exec", "--bind", str(hpc_install), str(serve_cpu_sif))
+    words = ("python3", str(program), str(code / "tensorrt_llm" / "1"), str(engine))
+    seen = json.loads(cluster.run("alice", *inside, *words, timeout=120).stdout.splitlines()[-1])
+    assert seen["together"] == seen["alone"]
+    assert seen["rows"] == len(seen["alone"]), "all of them in one pass"
+    assert {len(tokens) for tokens, *_ in seen["alone"]} > {5, 23, 41, 59, 77}
+    assert seen["pieces"] == [64] * 23 + [28], "a long prompt, in pieces"
+    assert min(seen["between"]) >= 1, "and those that run go on in between"
+    assert (seen["left"], seen["stayed"], seen["late"]) == (["cancelled", True], True, 0)
+    assert seen["ended_s"] < 5
+    assert seen["told"] == ["the engine has ended"] * 4
+    assert seen["room_for"] == 1, "the cache has room for one of them at a time"
+    assert [(len(tokens), reason) for tokens, reason, _ in seen["waited"]] == [(30, "length")] * 5
+    assert [error for _, _, error in seen["too_much"]] == [
+        "prompt and answer may have 120 tokens; the engine's cache has room for 100",
+        "there is no adapter 'third' in this engine: there are first, second",
+        "the prompt has tokens that the model does not know",
+    ]
+    assert seen["broken"] == "the engine has ended"
 
 
 def test_sampling_follows_its_seed(shared: Served) -> None:
@@ -259,11 +405,15 @@ def test_a_client_that_leaves_frees_its_place(serving: Project, serve_cpu_sif: P
     assert "Triton has ended with exit code 0" in log
 
 
-def load(one: Served, requests: int, concurrency: int, tokens: int) -> Any:
+def load(
+    one: Served, requests: int, concurrency: int, tokens: int, *, where: str = "", until: str = "", node: str = "login"
+) -> Any:
     program = one.project.write("load.py", (Path(__file__).parents[1] / "support" / "load.py").read_text())
-    words = (one.url, str(one.folder / "token"), str(requests), str(concurrency), str(tokens))
+    words = (where or one.url, str(one.folder / "token"), str(requests), str(concurrency), str(tokens), until)
     pipe = subprocess.PIPE
-    return one.project.cluster.popen("alice", "/usr/bin/python3", str(program), *words, stdout=pipe, stderr=pipe)
+    return one.project.cluster.popen(
+        "alice", "/usr/bin/python3", str(program), *words, node=node, stdout=pipe, stderr=pipe
+    )
 
 
 def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
@@ -280,7 +430,7 @@ def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
     while (now := figures())["done"] != before["done"] + 1000:
         assert time.monotonic() < deadline, now
         time.sleep(0.5)
-    assert (now["running"], now["tokens"] - before["tokens"]) == (0, 16_000)
+    assert (now["running"], now["left"], now["tokens"] - before["tokens"]) == (0, 0, 16_000)
     assert f"{now['done']} done" in shared.project.hpc("status", shared.run).stdout
     for url in (shared.url, f"http://{shared.node}:{shared.ports['metrics']}"):
         code, text = shared.ask("/metrics", url=url)
@@ -309,6 +459,61 @@ def test_the_end_under_load_loses_nothing_that_was_let_in(served: Served, serve_
     nothing_left(served, memory)
     log = (served.folder / "attempt-1" / "stdout").read_text()
     assert "Triton has ended with exit code 0" in log
+
+
+def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Served, serve_cpu_sif: Path) -> None:
+    """32 at once, through a hand-over and a stop; from a laptop too, whose tunnel follows."""
+    project, token = served.project, served.token
+    laptop = on_a_laptop(project)
+    tunnel = laptop.tunnel(f"{served.run}/serve")
+    url = tunnel.url()
+    tunnel.until(lambda: len(tunnel.out) > 2)
+    local = dict(line.strip().split(": localhost:") for line in tunnel.out if ": localhost:" in line)
+    assert local.keys() == {"grpc", "metrics"}
+    through = said(served.grpc("whole", serve_cpu_sif, node="laptop", host="127.0.0.1", port=int(local["grpc"])))
+    assert through["text"] == TEXT
+    metrics = served.ask("/metrics", node="laptop", url=f"http://127.0.0.1:{local['metrics']}")
+    assert "nv_inference_request_success" in metrics[1]
+    told = str(project.folder / "enough")
+    process = load(served, 1000, 32, 16, where=str(served.folder / "endpoint.json"), until=told)
+    port = int(url.partition("localhost:")[2].partition("/")[0])
+    there = project.write("there.json", json.dumps({"host": "127.0.0.1", "ports": {"http": port}}))
+    far = load(served, 1, 2, 16, where=str(there), until=told + "-there", node="laptop")
+    assert process.stdout.readline() == far.stdout.readline() == "begun\n"
+    first = project.states(served.run)["serve"]["job_id"]
+    done = project.hpc("submit", "serve", "--replace", "--wait", timeout=120)
+    assert "attempt 2 has taken over" in done.stderr
+    (row,) = project.json("status", f"{served.run}/serve")["stages"]
+    assert (row["state"], row["attempt"], row["job_id"] != first) == ("RUNNING", 2, True)
+    assert served.token == token  # whoever was let in is let in still
+    tunnel.says("is ready again on")
+    assert "another address" not in "".join(tunnel.err)
+    old = served.folder / "attempt-1" / "outcome.json"
+    until(old.exists, "the old one has ended", 60)
+    assert json.loads(old.read_text())["state"] == "COMPLETED"
+    assert f"{served.run}/serve" in project.hpc("status").stdout
+    (project.folder / "enough-there").touch()
+    ends = said(far)
+    assert (set(ends["ends"]), ends["ends"]["whole"] > 20) == ({"whole"}, True), ends
+    tunnel.ends(signal.SIGINT)
+    # and now it stops, and starts again
+    project.hpc("cancel", served.run)
+    assert end_of(served)["state"] == "CANCELLED"
+    until(lambda: not (served.folder / "token").exists(), "its token is gone", 30)
+    assert project.hpc("submit", "serve", "--wait", timeout=120).returncode == 0
+    (project.folder / "enough").touch()
+    ends = said(process)
+    assert set(ends["ends"]) == {"whole"}, ends
+    assert ends["ends"]["whole"] >= 1000
+    assert len(set(ends["retried"]) - {"times"}) == 3, ends  # it has answered at three places
+
+
+def on_a_laptop(project: Project) -> Laptop:
+    program = project.write("bin/hpc", f'#!/bin/sh\nexec {project.venv}/bin/hpc "$@"\n')
+    program.chmod(0o755)
+    (project.folder / "tmp").mkdir(exist_ok=True)
+    shutil.chown(project.folder / "tmp", "alice", "alice")
+    return Laptop(project.cluster, project.folder, project.venv)
 
 
 def test_another_user_of_the_node_gets_nowhere(shared: Served) -> None:
@@ -489,7 +694,7 @@ def test_openais_own_client(shared: Served, openai_python: Path) -> None:
         "alice", str(openai_python), "-c", CLIENT, shared.url, QUESTION, input=shared.token, timeout=120
     )
     assert json.loads(shown.stdout) == {
-        "models": ["tiny"],
+        "models": ["tiny", "first", "second"],
         "whole": [TEXT, "stop", 79],
         "stream": TEXT,
         "usage": 79,
@@ -516,3 +721,29 @@ def test_a_person_chats_in_the_browser(shared: Served, browser: Path) -> None:
     assert found["note"].startswith("70 tokens")
     assert found["notes"][-1] == "stopped"
     assert (found["turns"], found["errors"]) == (0, [])
+
+
+def test_the_time_limit_lets_running_requests_finish(neighbour: Neighbour) -> None:
+    neighbour.ask_until_it_ends()
+    assert neighbour.asking is not None
+    attempt = AttemptDir(neighbour.folder / "attempt-1")
+    until(attempt.outcome.exists, "bob's has ended", 240)
+    ends = said(neighbour.asking)["ends"]
+    assert set(ends) == {"whole", "refused"}, ends
+    assert ends["whole"] > 4
+    outcome = json.loads(attempt.outcome.read_text())
+    assert outcome["state"] == "TIMEOUT", outcome
+    assert "Triton has ended with exit code 0" in attempt.stdout.read_text()
+    assert [e["phase"] for e in rundir.last_events(attempt.events, 1 << 20)].count("ending") == 1
+
+
+def test_a_successor_takes_over_before_the_time_limit(lasting: Project) -> None:
+    """after:ID+MINUTES is Slurm's own; nobody does anything."""
+    folder = lasting.folder / "runs" / "serve-1" / "serve"
+    until((folder / "attempt-1" / "outcome.json").exists, "the first has ended", 150)
+    assert json.loads((folder / "attempt-1" / "outcome.json").read_text())["state"] == "COMPLETED"
+    (row,) = lasting.json("status", "serve-1")["stages"]
+    assert (row["state"], row["attempt"], bool(row["endpoint"])) == ("RUNNING", 2, True)
+    done = lasting.json("tunnel", "serve-1")
+    assert (done["job_id"], done["attempt"]) == (row["job_id"], 2)
+    lasting.hpc("cancel", "serve-1")

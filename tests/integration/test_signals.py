@@ -207,6 +207,18 @@ def test_time_limit_is_heard_and_the_next_submission_goes_on(listener: Listener)
     assert again.end()["state"] == "COMPLETED"
 
 
+def test_a_job_that_saved_at_the_time_limit_is_queued_again_by_itself(listener: Listener) -> None:
+    site = listener.project.folder / "sites" / "slurm-test.toml"
+    site.write_text(site.read_text() + "requeue = 1\n")
+    stage = start(listener, "--time", "1")
+    stage.listening()
+    listener.project.cluster.run("alice", "scancel", "-s", "USR2", stage.job_id)  # the warning, a little early
+    end = stage.end(timeout=120)
+    assert (end["state"], end["attempt"]) == ("COMPLETED", 1), (end, stage.told())
+    earlier = rundir.read_json(stage.folder / "attempt-1" / "outcome-0.json") or {}
+    assert (earlier["state"], earlier["resumable"]) == ("TIMEOUT", True)
+
+
 def on_dgx04(listener: Listener) -> None:
     site = listener.project.folder / "sites" / "slurm-test.toml"
     site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx04"\n')

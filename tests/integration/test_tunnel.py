@@ -345,7 +345,7 @@ def test_other_user_finds_no_token_and_no_way_in(lab: Serving, reach: str) -> No
         )
         address = f"http://{node if reach == 'direct' else '127.0.0.1'}:{port}/"
         assert lab.ask(address, node=node, user="bob") == "403 Password or token"
-        kept = lab.folder / "state" / "hpc" / f"tunnel-{run.id}-echo.txt"
+        (kept,) = (lab.folder / "state" / "hpc").glob(f"tunnel-{run.id}-echo-*.txt")
         assert found["token"] in kept.read_text()
         assert "klm-v5xx45" not in kept.read_text()
         for path in (kept, run.stage("echo").token):

@@ -241,7 +241,9 @@ def test_output_that_is_no_terminal_has_no_colours() -> None:
 def test_stages_lists_what_each_consumes_and_produces() -> None:
     rows = {line.split()[0]: line for line in hpc("stages").stdout.splitlines()}
     assert rows["STAGE"].split() == ["STAGE", "CONSUMES", "PRODUCES", "ENVIRONMENT", "WHAT", "IT", "DOES"]
-    assert rows["prepare"].split()[1:3] == ["-", "dataset"]
+    assert rows["prepare"].split()[1:4] == ["records,", "hf_model", "dataset"]
+    assert rows["jupyter"].split()[1:3] == ["-", "-"]
+    assert rows["fetch"].split()[2:5] == ["by", "its", "settings"]
     assert "hf_model" in rows["merge"]
 
 

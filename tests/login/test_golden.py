@@ -14,7 +14,7 @@ import pytest
 from hpc.core.plan import plan
 from hpc.core.rundir import RunDir
 from hpc.core.site import Site
-from hpc.core.stage import Resources
+from hpc.core.stage import Launcher, Resources
 from hpc.login import batch
 from hpc.login.place import Ground, Placed, place
 from hpc.node.launch import process_env, without_secrets
@@ -36,6 +36,7 @@ class Case:
     sbatch: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "sif"
     hub_home: str | None = None
+    launcher: Launcher = "python"
 
 
 FULL = replace(
@@ -55,6 +56,7 @@ CASES = {
     "plain": Case(site=SLURM, resources=SMALL),
     "all-options": Case(site=FULL, resources=BIG, hub_home="/home/alice/.cache/huggingface"),
     "gpus-per-node": Case(site=replace(SLURM, gpus="gpus_per_node", mem=False), resources=BIG),
+    "two-nodes": Case(site=SLURM, resources=replace(BIG, nodes=2, gpus_per_node=8), launcher="torchrun"),
     "mig": Case(site=replace(SLURM, gres="gpu:1g.10gb"), resources=replace(BIG, time_min=1)),
     "stage-options": Case(site=FULL, resources=SMALL, sbatch={"partition": "cpu", "nice": 100, "reservation": "none"}),
     "venv": Case(site=replace(SLURM, venvs="/home/alice/venvs"), resources=SMALL, kind="venv"),
@@ -74,6 +76,7 @@ def placed(case: Case) -> Placed:
         make("prepare"),
         make("finetune", consumes={"dataset": "dataset"}, produces="lora_adapter", resources=case.resources),
     ]
+    stages[1] = replace(stages[1], launcher=case.launcher)
     wishes = [wish(stages[0]), replace(wish(stages[1], data=("extra, data.jsonl",)), sbatch=case.sbatch)]
     facts = Facts(files={"extra, data.jsonl": "x"}, image=case.kind)
     run = RunDir(Path(case.run))

@@ -160,7 +160,7 @@ def test_status_json_has_its_schema(finished: Local) -> None:
     row = found["stages"][0]
     assert set(row) == set(
         "run stage state key scheduler job_id attempt reason hint node elapsed_s limit_min submitted phase done total"
-        " message endpoint figures exit_code resumable reused folder".split()
+        " message endpoint successor figures exit_code resumable reused folder".split()
     )
     assert (row["run"], row["stage"], row["scheduler"], row["attempt"]) == ("pipeline-1", "first", "local", 1)
     assert row["node"] == os.uname().nodename

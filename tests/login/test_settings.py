@@ -208,6 +208,12 @@ def test_resources_are_not_shared(settings: Load) -> None:
     assert overrides(found, "convert") == {}
 
 
+def test_nodes_of_ranks_are_not_set_as_resources(settings: Load) -> None:
+    error = refusal(settings, "[build]\nresources = { nodes = 2 }\n", target="build")
+    assert "how its ranks are divided" in error.message
+    assert "build.nodes" in error.hint
+
+
 def test_pipeline_may_be_typed_as_words(settings: Load) -> None:
     assert [w.stage.name for w in settings("", "pipeline.stages=prepare,finetune").wishes] == ["prepare", "finetune"]
 

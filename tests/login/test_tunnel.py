@@ -68,7 +68,7 @@ def test_file_of_the_steps_is_private_and_has_no_login_name(local: Local) -> Non
     state = local.folder / "state"
     for name, login in (("klm-v5xx45", "LOGIN"), ("", None)):
         said = local.hpc("tunnel", *(["--login", name] if name else []), env={"XDG_STATE_HOME": str(state)})
-        kept = state / "hpc" / "tunnel-echo-1-echo.txt"
+        (kept,) = (state / "hpc").glob("tunnel-echo-1-echo-*.txt")
         assert f" -l {name}" in said.stdout
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
         assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
@@ -82,6 +82,19 @@ def test_file_of_the_steps_is_private_and_has_no_login_name(local: Local) -> Non
     ]
     assert not any("klm-v5xx45" in text for text in everything)
     local.hpc("cancel")
+
+
+def test_two_projects_whose_runs_have_one_name_have_a_file_each(local: Local) -> None:
+    state = local.folder / "state"
+    texts = set()
+    for runs in ("runs", "others"):
+        env = {"XDG_STATE_HOME": str(state), "HPC_RUNS": str(local.folder / runs)}
+        local.hpc("submit", "echo", "--wait", env=env)
+        texts.add(local.hpc("tunnel", env=env).stdout)
+    assert len(texts) == 2
+    assert {path.read_text() for path in (state / "hpc").glob("tunnel-echo-1-echo-*.txt")} == texts
+    for runs in ("runs", "others"):
+        local.hpc("cancel", env={"HPC_RUNS": str(local.folder / runs)})
 
 
 def test_name_from_the_environment(local: Local) -> None:

@@ -39,6 +39,11 @@ def test_code_0_is_completed(attempt: AttemptDir) -> None:
     assert end(attempt, 0, log="a warning") == Outcome(state="COMPLETED", exit_code=0)
 
 
+def test_a_completed_stage_may_have_a_remark(attempt: AttemptDir) -> None:
+    attempt.remark.write_text(json.dumps({"remark": "WORSE than its base"}))
+    assert end(attempt, 0).cause == "WORSE than its base"
+
+
 def test_code_0_is_completed_even_after_a_signal(attempt: AttemptDir) -> None:
     assert end(attempt, 0, asked=TIMEOUT).state == "COMPLETED"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +18,9 @@ import pytest
 from hpc.core import config as configs
 from hpc.core import stage as stages
 from hpc.inside import runner
+from tests.support import tiny
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WORDS = ("brick", "beam", "roof", "floor", "permit", "shed", "wall", "door")
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,21 @@ RunStage = Callable[..., Result]
 
 @pytest.fixture
 def run_stage(tmp_path: Path) -> Iterator[RunStage]:
-    """One stage through hpc.inside.runner.main: its name, its inputs, the run's `folder`, and its config."""
+    """One stage through hpc.inside.runner.main: its name, its inputs, the run's `folder`, and its config.
+
+    With several `ranks`: by torchrun, on the CPU; asked to stop once it has logged `stop_at` steps.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
 
-    def run(name: str, inputs: Mapping[str, object] | None = None, *, folder: str = "run", **config: Any) -> Result:
+    def run(
+        name: str,
+        inputs: Mapping[str, object] | None = None,
+        *,
+        folder: str = "run",
+        ranks: int = 1,
+        stop_at: int = 0,
+        **config: Any,
+    ) -> Result:
         stage = stages.load(name)
         made = stage.config(**config)
         here = tmp_path / folder / name
@@ -71,16 +82,35 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
                 for key, value in stage.outputs(made).items()
             },
             "environment": {},
+            "resources": {"nodes": 1, "gpus_per_node": ranks},
             "cache": str(tmp_path / "cache"),
         }
         (here / "config.json").write_text(json.dumps(document))
-        code = runner.main([name, str(here / "config.json"), str(attempt)])
+        words = [name, str(here / "config.json"), str(attempt)]
+        log = here / "training" / "log.jsonl"
+        code = runner.main(words) if ranks == 1 else _torchrun(words, attempt, log, stop_at)
         error = attempt / "error.json"
         return Result(code, here, json.loads(error.read_text()) if error.exists() else {})
 
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _torchrun(words: list[str], attempt: Path, steps: Path, stop_at: int) -> int:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(attempt / "stderr", "a") as log:
+        argv = [sys.executable, "-m", "hpc.inside.ranks", *words]
+        process = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
+    try:
+        while stop_at and process.poll() is None:
+            if steps.exists() and steps.read_text().count("\n") >= stop_at:
+                process.send_signal(signal.SIGUSR2)
+                break
+            time.sleep(0.05)
+        return process.wait(300)
+    finally:
+        process.kill()
 
 
 @pytest.fixture
@@ -102,39 +132,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two small layers, and a byte-level tokenizer with a chat template."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    special = ["<|im_start|>", "<|im_end|>"]
-    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special[:1]})
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(letters), **shape, eos_token_id=1, bos_token_id=0, max_position_embeddings=256)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny.model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 short conversations to train on and 4 held out."""
-    folder = tmp_path_factory.mktemp("dataset")
-    for name, count, seed in (("train", 24, 0), ("eval", 4, 3)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for i in range(count):
-                word = WORDS[(i + seed) % len(WORDS)]
-                turns = (
-                    {"role": "user", "content": f"{word}\u2028{i}?"},
-                    {"role": "assistant", "content": f"A {word}."},
-                )
-                file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
-    return folder
+    return tiny.dataset(tmp_path_factory.mktemp("dataset"))

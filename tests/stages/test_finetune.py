@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hpc.core import presets
 from hpc.core.errors import STOPPED, HpcError, UsageError
 from stages import finetune
 
@@ -51,6 +52,8 @@ def test_what_it_asks_for_and_makes() -> None:
         ({"max_length": 1}, "max_length"),
         ({"lora_dropout": 1.0}, "between 0 and 1"),
         ({"base_model": "/no/such/model"}, "no model at /no/such/model"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
+        ({"method": "qlora", "sharding": "fsdp"}, "4 bit can't be divided"),
     ],
 )
 def test_check_refuses(options: dict[str, Any], message: str) -> None:
@@ -62,6 +65,7 @@ def test_check_passes_a_hub_name_and_the_defaults() -> None:
     finetune.check(finetune.FinetuneConfig(base_model="organisation/name"))
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
@@ -82,6 +86,7 @@ def test_an_adapter_is_made_and_the_held_out_loss_falls(run_stage: RunStage, tin
     assert all({"loss", "learning_rate"} <= set(event) for event in told)
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
     run_stage: RunStage,
@@ -133,6 +138,7 @@ def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Pat
     assert not result.out("adapter").exists()
 
 
+@pytest.mark.generations
 @pytest.mark.train
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_other_methods_train_too(run_stage: RunStage, tiny_model: Path, dataset: Path, method: str) -> None:
@@ -176,6 +182,42 @@ def test_the_answers_alone_are_learnt(tiny_model: Path) -> None:
     assert everything["labels"] == everything["input_ids"] == row["input_ids"]
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_packed_conversations_do_not_see_each_other(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    config = {**SMALL, "packing": True, "batch_size": 2, "max_length": 96, "eval_steps": 4.0, "keep_checkpoints": 1}
+    result = run_stage("finetune", inputs(tiny_model, dataset), **config)
+    assert result.code == 0
+    assert result.metrics["packing_difference"] < 1e-4
+    assert result.metrics["packed_rows"] < result.metrics["train_rows"] == 24
+    assert result.metrics["eval_loss_after"] < result.metrics["eval_loss_before"] - 0.2
+    assert [p.name for p in sorted((result.folder / "checkpoints").glob("checkpoint-*"))] == ["checkpoint-8"]
+    log = [json.loads(line) for line in (result.folder / "training" / "log.jsonl").open()]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 9))
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [4, 8]
+
+
+@pytest.mark.train
+def test_a_model_that_would_mix_packed_conversations_is_refused(tiny_model: Path) -> None:
+    from hpc.inside import models, packing
+
+    model = models.load(tiny_model, "float32")
+    rows = [{"input_ids": list(range(10, 40))}, {"input_ids": list(range(50, 70))}]
+    assert packing.prove(model, rows, flat=False) < 1e-4
+    forward = model.forward
+    model.forward = lambda **inputs: forward(**{k: v for k, v in inputs.items() if k != "position_ids"})
+    with pytest.raises(HpcError, match="would see each other"):
+        packing.prove(model, rows, flat=False)
+
+
+@pytest.mark.train
+def test_a_preset_runs(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    """The lab's own settings, but for the precision, which a CPU has not, and the number of steps."""
+    config = {**presets.FINETUNE["lab-a100"], "dtype": "auto", "max_steps": 2, "max_length": 64, "logging_steps": 1}
+    result = run_stage("finetune", inputs(tiny_model, dataset), **config)
+    assert (result.code, result.metrics["method"], result.metrics["steps"]) == (0, "qlora", 2)
+
+
 @pytest.mark.train
 def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 36, "max_steps": 1})
@@ -188,6 +230,10 @@ def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, dataset
     assert "there is no" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "dtype": "float16"})
     assert "float16 needs a GPU" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "report_to": ("wandb",)})
+    assert "needs wandb, which is not in this image" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "sharding": "zero2"})
+    assert "needs deepspeed" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 8})
     assert result.code == UsageError.exit_code
     assert "no row of the data set has an answer within 8 tokens" in result.error["cause"]

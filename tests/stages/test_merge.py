@@ -77,6 +77,7 @@ def logits(folder: Path, adapter: Path | None = None) -> Any:
         return model.eval()(torch.tensor([[0, 5, 70, 99, 1]])).logits
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_the_merged_model_is_base_plus_adapter(run_stage: RunStage, tiny_model: Path, adapter: Path) -> None:
     result = run_stage("merge", {"adapter": adapter}, dtype="float32")
@@ -87,6 +88,7 @@ def test_the_merged_model_is_base_plus_adapter(run_stage: RunStage, tiny_model: 
     assert result.metrics["largest_difference"] < 1e-4
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_the_written_folder_is_whole(run_stage: RunStage, tiny_model: Path, adapter: Path) -> None:
     result = run_stage("merge", {"adapter": adapter, "base_model": tiny_model}, ask="Which brick?")
@@ -177,6 +179,7 @@ def test_after_qlora_the_model_is_not_quantised(run_stage: RunStage, tiny_model:
     assert float((logits(result.out("model")) - apart).abs().max()) < 1e-4
 
 
+@pytest.mark.generations
 @pytest.mark.train
 @pytest.mark.parametrize(
     ("options", "by"),
@@ -200,6 +203,7 @@ def test_every_kind_of_lora_is_merged_right(
     assert float((together - logits(tiny_model)).abs().max()) > 0.01
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_base_in_shards_with_tied_embeddings(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import UsageError
+from hpc.core.site import Site
+from hpc.core.stage import Around
 from stages import prepare
 
 RunStage = Callable[..., Any]
@@ -48,7 +51,11 @@ def test_check_passes_on_good_data(tmp_path: Path) -> None:
         (None, {}, "cannot read"),
         ('{"instruction": "Q", "output": "A"}', {"languages": ("english",)}, "'english' is not known"),
         ('{"instruction": "Q", "output": "A"}', {"eval_rows": -1}, "eval_rows"),
-        ('{"instruction": "Q", "output": "A"}', {"data": ()}, "names no file"),
+        ('{"instruction": "Q", "output": "A"}', {"languages": ("zh-cn",)}, "does not tell zh-cn"),
+        ('{"instruction": "Q", "output": "A"}', {"languages": ("zh",), "detector": "langdetect"}, "'zh' is not known"),
+        ('{"instruction": "Q", "output": "A"}', {"weights": (1.0, 2.0)}, "2 values for 1 entries"),
+        ('{"instruction": "Q", "output": "A"}', {"near_duplicates": 1.0}, "between 0 and 1"),
+        ('{"instruction": "Q", "output": "A"}', {"train_rows": 0}, "1 or more"),
     ],
 )
 def test_check_refuses(tmp_path: Path, content: str | None, options: dict[str, Any], message: str) -> None:
@@ -58,12 +65,26 @@ def test_check_refuses(tmp_path: Path, content: str | None, options: dict[str, A
         prepare.check(prepare.PrepareConfig(**{"data": (str(tmp_path / "a.jsonl"),), **options}))
 
 
+def test_no_data_is_refused_unless_it_is_fetched() -> None:
+    site = Site(name="x")
+    for config in (prepare.PrepareConfig(), prepare.PrepareConfig(data=("fetch:*.jsonl",))):
+        with pytest.raises(UsageError, match="names no file"):
+            prepare.size(config, Around(site=site))
+        assert prepare.size(config, Around(site=site, inputs=("records",)))[1] == ()
+    assert prepare.files(prepare.PrepareConfig(data=("a", "fetch:b"), eval_data=("c",), replay=("d",))) == (
+        "a",
+        "c",
+        "d",
+    )
+
+
 def test_what_it_asks_for() -> None:
     config = prepare.PrepareConfig(data=("a", "b"), tokenizer="org/name")
     assert prepare.resources(config).gpus_per_node == 0
     assert prepare.files(config) == ("a", "b")
 
 
+@pytest.mark.train
 def test_rows_are_held_out_once_and_never_trained_on(tmp_path: Path, run_stage: RunStage) -> None:
     twice = [*pairs(20), *pairs(5)]
     result = run_stage("prepare", data=(write(tmp_path / "a.jsonl", *twice),), eval_rows=6)
@@ -75,6 +96,7 @@ def test_rows_are_held_out_once_and_never_trained_on(tmp_path: Path, run_stage: 
     assert json.loads((result.out("dataset") / "report.json").read_text())["read"] == 25
 
 
+@pytest.mark.train
 def test_the_seed_chooses_the_held_out_rows(tmp_path: Path, run_stage: RunStage) -> None:
     data = (write(tmp_path / "a.jsonl", *pairs(20)),)
     first, second = (
@@ -84,6 +106,7 @@ def test_the_seed_chooses_the_held_out_rows(tmp_path: Path, run_stage: RunStage)
     assert first.read_text() != second.read_text()
 
 
+@pytest.mark.train
 def test_the_first_samples_and_a_system_message(tmp_path: Path, run_stage: RunStage) -> None:
     result = run_stage("prepare", data=(write(tmp_path / "a.jsonl", *pairs(9)),), max_samples=4, system="Be brief.")
     train = lines(result.out("dataset") / "train.jsonl")
@@ -91,6 +114,7 @@ def test_the_first_samples_and_a_system_message(tmp_path: Path, run_stage: RunSt
     assert train[0]["messages"][0] == {"role": "system", "content": "Be brief."}
 
 
+@pytest.mark.train
 def test_nothing_is_left(tmp_path: Path, run_stage: RunStage) -> None:
     result = run_stage("prepare", data=(write(tmp_path / "a.jsonl", *pairs(3)),), eval_rows=3)
     assert result.code == 2
@@ -127,4 +151,185 @@ def test_short_texts_get_the_same_language_every_time(tmp_path: Path, run_stage:
 def test_lengths_in_a_models_tokens(tmp_path: Path, run_stage: RunStage, tiny_model: Path) -> None:
     data = (write(tmp_path / "a.jsonl", ("12345?", "1234567890")),)
     result = run_stage("prepare", data=data, tokenizer=str(tiny_model))
-    assert result.metrics["tokens"] == {"median": 37, "p90": 37, "longest": 37}
+    assert result.metrics["tokens"] == {"median": 37, "p90": 37, "longest": 37, "total": 37}
+    cut = run_stage("prepare", folder="cut", data=data, tokenizer=str(tiny_model), token_limit=30).metrics["tokens"]
+    assert (cut["truncated_rows"], cut["truncated_share"], cut["lost_token_share"]) == (1, 1.0, round(7 / 37, 4))
+    from transformers import AutoTokenizer
+
+    (row,) = lines(result.out("dataset") / "train.jsonl")
+    reference = AutoTokenizer.from_pretrained(tiny_model).apply_chat_template(row["messages"], return_dict=True)
+    assert len(reference["input_ids"]) == 37, "as training counts them"
+
+
+def dropped(result: Any) -> dict[str, str]:
+    """File and line -> why."""
+    return {told["record"]: told["reason"] for told in lines(result.out("dataset") / "dropped.jsonl")}
+
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+def near_pairs(first: int) -> list[tuple[str, str]]:
+    """A long text, one with a single word changed, and one with many."""
+    text = " ".join(f"{word}x{first}" for word in WORDS)
+    return [("Q?", text), ("Q?", text.replace("word30", "other")), ("Q?", text.replace("word1", "w"))]
+
+
+@pytest.mark.train
+def test_every_dropped_record_is_named_with_its_reason(tmp_path: Path, run_stage: RunStage) -> None:
+    texts = [*pairs(2), *pairs(1), ("short", "x"), ("?", "la " * 300), *near_pairs(0), ("unanswered", "")]
+    data = (write(tmp_path / "a.jsonl", *texts),)
+    result = run_stage("prepare", data=data, min_chars=10, repetition=0.5, near_duplicates=0.85)
+    assert dropped(result) == {
+        "a.jsonl line 3": "duplicate",
+        "a.jsonl line 4": "too short",
+        "a.jsonl line 5": "repetitive",
+        "a.jsonl line 7": "near duplicate",
+        "a.jsonl line 9": "no answer",
+    }
+    told = {t["record"]: t.get("like") for t in lines(result.out("dataset") / "dropped.jsonl")}
+    assert (told["a.jsonl line 3"], told["a.jsonl line 7"]) == ("a.jsonl line 1", "a.jsonl line 6")
+    kept = run_stage("prepare", folder="kept", data=data, near_duplicates=None, max_chars=400)
+    assert kept.metrics["dropped"] == {"duplicate": 1, "no answer": 1, "too long": 4}
+
+
+@pytest.mark.train
+def test_the_bytes_do_not_tell_how_many_cores_there_were(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    from hpc.inside import preparing, sources, table
+
+    for module, name in ((sources, "_PIECE"), (table, "_TASK"), (preparing, "_FOR_EACH")):
+        monkeypatch.setattr(module, name, 4096)
+    texts = [
+        pair for i in range(60) for pair in (*pairs(3, f"{ENGLISH} {i}"), (f"{i}?", f"{SWEDISH} {i}"), *near_pairs(i))
+    ]
+    data = (write(tmp_path / "a.jsonl", *texts, *texts[:40]),)
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(preparing, "cores", lambda cores=cores: cores)
+        result = run_stage(
+            "prepare", folder=str(cores), data=data, languages=("en",), eval_rows=9, train_rows=100, max_samples=400,
+            tokenizer=str(tiny_model), contamination="drop",
+        )  # fmt: skip
+        assert result.code == 0, result.error
+        made.append({path.name: path.read_bytes() for path in result.out("dataset").iterdir()})
+    assert made[0] == made[1]
+    assert set(made[0]) == {"train.jsonl", "eval.jsonl", "report.json", "dropped.jsonl"}
+    report = json.loads(made[0]["report.json"])
+    assert (report["read"], report["train"], report["eval"]) == (400, 100, 9)
+    assert report["read"] == report["train"] + report["eval"] + sum(report["dropped"].values()), "none is lost"
+    assert len(made[0]["dropped.jsonl"].splitlines()) == sum(report["dropped"].values())
+
+
+@pytest.mark.train
+def test_held_out_files_are_never_trained_on(tmp_path: Path, run_stage: RunStage) -> None:
+    held = [(f"Held {i}?", f"{ENGLISH} held {i}") for i in range(3)]
+    data, evaluation = write(tmp_path / "a.jsonl", *pairs(5), held[1]), write(tmp_path / "eval.jsonl", *held)
+    result = run_stage("prepare", data=(data,), eval_data=(evaluation,), eval_rows=1)
+    train, held_out = (lines(result.out("dataset") / f"{name}.jsonl") for name in ("train", "eval"))
+    assert (len(train), len(held_out)) == (4, 4)
+    assert dropped(result) == {"a.jsonl line 6": "duplicate"}
+    assert not any(row in train for row in held_out)
+
+
+@pytest.mark.train
+def test_rows_that_share_text_with_held_out_ones(tmp_path: Path, run_stage: RunStage) -> None:
+    text = " ".join(WORDS)
+    fixed = "Please answer the following question as well as you can and in one single sentence only:"
+    good = [(f"{fixed} {i}?", f"Answer {i}.") for i in range(20)]
+    data = write(tmp_path / "a.jsonl", *good, ("Leak?", f"Before. {text[:200].upper()} after."))
+    config = {"data": (data,), "eval_data": (write(tmp_path / "e.jsonl", ("E?", text), (f"{fixed} 99?", "Answer.")),)}
+    told = run_stage("prepare", **config)
+    assert (told.metrics["contaminated"], told.metrics["train"]) == (1, 21), "a phrase of many rows counts for nothing"
+    fewer = run_stage("prepare", folder="drop", contamination="drop", **config)
+    assert dropped(fewer) == {"a.jsonl line 21": "shares text with held-out rows"}
+    refused = run_stage("prepare", folder="refuse", contamination="refuse", **config)
+    assert (refused.code, refused.error["cause"][:31]) == (6, "a.jsonl line 21 shares 13 words")
+
+
+@pytest.mark.train
+def test_a_mixture_with_weights_and_older_data(tmp_path: Path, run_stage: RunStage) -> None:
+    files = [write(tmp_path / f"{n}.jsonl", *((f"{n} {i}?", f"{n} answers {i}.") for i in range(40))) for n in "abc"]
+    config = {"data": tuple(files[:2]), "weights": (3.0, 1.0), "replay": (files[2],), "replay_share": 0.2}
+    result = run_stage("prepare", **config)
+    train = [row["messages"][1]["content"][0] for row in lines(result.out("dataset") / "train.jsonl")]
+    assert {name: train.count(name) for name in "abc"} == {"a": 40, "b": 13, "c": 13}
+    assert (result.metrics["mixture"], result.metrics["replayed"]) == ([40, 13], 13)
+    less = run_stage("prepare", folder="less", train_rows=20, **config)
+    assert (less.metrics["mixture"], less.metrics["replayed"], less.metrics["train"]) == ([12, 4], 4, 20)
+
+
+@pytest.mark.train
+def test_a_subset_is_chosen_by_the_seed_and_keeps_the_order(tmp_path: Path, run_stage: RunStage) -> None:
+    data = (write(tmp_path / "a.jsonl", *pairs(50)),)
+    chosen = [
+        [row["messages"][0]["content"] for row in lines(found.out("dataset") / "train.jsonl")]
+        for found in (run_stage("prepare", folder=str(seed), data=data, train_rows=10, seed=seed) for seed in (0, 1))
+    ]
+    assert chosen[0] != chosen[1]
+    for questions in chosen:
+        numbers = [int(question.split()[1].rstrip("?")) for question in questions]
+        assert len(numbers) == 10
+        assert numbers == sorted(numbers)
+
+
+@pytest.mark.train
+def test_what_the_template_loses_is_said_with_a_way_out(
+    tmp_path: Path, run_stage: RunStage, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thought = [("Q1?", "<think>\nbecause\n</think>\n\nA1."), ("Q2?", "A2.")]
+    data = (write(tmp_path / "a.jsonl", *thought),)
+    loses = tmp_path / "loses"
+    shutil.copytree(tiny_model, loses)
+    (loses / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
+    )
+    result = run_stage("prepare", data=data, tokenizer=str(loses), system="S")
+    assert {k: v for k, v in result.metrics["template_loses"].items() if k != "so"} == {"reasoning": 1, "system": 2}
+    said = capsys.readouterr().out
+    assert "the model's own chat template loses the system message of 2 rows" in said
+    assert 'prepare.system_turns = "fold"' in said
+    config = {"data": data, "system": "S", "template": "deepseek-r1"}
+    kept = run_stage("prepare", folder="kept", thinking="require", **config)
+    assert (kept.metrics["template_loses"], kept.metrics["dropped"]) == ({}, {"no reasoning": 1})
+    assert "<｜Assistant｜><think>" in (kept.out("dataset") / "chat_template.jinja").read_text()
+    stripped = run_stage("prepare", folder="strip", thinking="strip", system_turns="fold", **config)
+    rows = [row["messages"] for row in lines(stripped.out("dataset") / "train.jsonl")]
+    assert [[m["content"] for m in row] for row in rows] == [["S\n\nQ1?", "A1."], ["S\n\nQ2?", "A2."]]
+
+
+@pytest.mark.train
+def test_a_template_that_refuses_a_row_is_a_usage_error(tmp_path: Path, run_stage: RunStage, tiny_model: Path) -> None:
+    strict = tmp_path / "strict"
+    shutil.copytree(tiny_model, strict)
+    (strict / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    data = (write(tmp_path / "a.jsonl", *pairs(2)),)
+    result = run_stage("prepare", data=data, tokenizer=str(strict), system="S")
+    assert result.code == 2
+    assert "no system role" in result.error["cause"]
+    assert 'system_turns = "fold"' in result.error["hint"]
+
+
+@pytest.mark.train
+def test_it_ends_without_an_output_where_the_scheduler_asks(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.inside import runner
+
+    monkeypatch.setattr(runner.RunContext, "stopping", lambda self: True)
+    result = run_stage("prepare", data=(write(tmp_path / "a.jsonl", *pairs(3)),))
+    assert (result.code, result.out("dataset").exists()) == (85, False)
+    assert [path.name for path in result.folder.iterdir() if "part" in path.name] == []
+
+
+@pytest.mark.train
+def test_the_reference_detector_can_be_asked_for(tmp_path: Path, run_stage: RunStage) -> None:
+    data = (write(tmp_path / "a.jsonl", *pairs(3), *pairs(2, SWEDISH)),)
+    result = run_stage("prepare", data=data, languages=("en",), detector="langdetect")
+    assert result.metrics["languages"] == {"en": 3, "sv": 2}
+    assert "detectors_agree" not in result.metrics
+    fast = run_stage("prepare", folder="fast", data=data, languages=("en",))
+    assert fast.metrics["detectors_agree"] == {"rows": 5, "same": 5}

@@ -1,6 +1,7 @@
 """A headless Chromium that does what a person does in JupyterLab: browser.py URL PICTURE; prints what a cell printed.
 
 browser.py URL PICTURE HEADING: only waits for a notebook with that heading, and prints its first lines.
+browser.py URL PICTURE "" SIGN: makes the file SIGN when the page is there, and loads it again once that is gone.
 
 A program of its own: it runs on the laptop of the test cluster, in an environment with selenium.
 """
@@ -21,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 CELL = "print('six times seven is', 6 * 7)"
 
 
-def main(url: str, picture: str, heading: str = "") -> None:
+def main(url: str, picture: str, heading: str = "", sign: str = "") -> None:
     options = webdriver.ChromeOptions()
     for word in (
         "--headless=new",
@@ -43,6 +44,12 @@ def main(url: str, picture: str, heading: str = "") -> None:
             Path(picture).write_bytes(browser.get_screenshot_as_png())
             return
         card = (By.CSS_SELECTOR, ".jp-LauncherCard[data-category='Notebook']")
+        wait.until(seen.element_to_be_clickable(card))
+        if sign:
+            Path(sign).touch()
+            while Path(sign).exists():
+                time.sleep(0.1)
+            browser.refresh()
         wait.until(seen.element_to_be_clickable(card)).click()
         cell = wait.until(seen.element_to_be_clickable((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))
         time.sleep(1)

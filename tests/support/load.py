@@ -1,12 +1,15 @@
-"""Many requests at once: load.py URL TOKEN_FILE REQUESTS CONCURRENCY TOKENS; prints how each ended, as JSON.
+"""Many requests at once: load.py WHERE TOKEN_FILE REQUESTS CONCURRENCY TOKENS [UNTIL]; prints how each ended, as JSON.
 
-A program of its own: it runs on a machine of the test cluster. Each request streams from Triton's API.
+A program of its own: it runs on a machine of the test cluster. Each request streams from Triton's API. WHERE is an
+address, and the first request that is refused ends it; or an endpoint.json, which is read before each request, and what
+was refused is asked again. With UNTIL there are more requests until that file is there.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 import threading
 import time
@@ -42,17 +45,47 @@ def ask(host: str, token: str, tokens: int, number: int) -> str:
     return "whole" if events[-1]["finish_reason"] == "length" and count == tokens else f"short: {count}"
 
 
-def main(url: str, token_file: str, requests: str, concurrency: str, tokens: str) -> None:
-    host, token = urlsplit(url).netloc, Path(token_file).read_text().strip()
-    left, ends, lock = list(range(int(requests))), Counter[str](), threading.Lock()
+_PATIENCE_S = 90
+
+
+def followed(where: Path, token_file: Path, tokens: int, number: int, retried: Counter[str]) -> str:
+    """The same, asked again where the service is now, as long as it is refused."""
+    until = time.monotonic() + _PATIENCE_S
+    end = "refused"
+    while end == "refused" and time.monotonic() < until:
+        try:
+            place = json.loads(where.read_text())
+            host, token = f"{place['host']}:{place['ports']['http']}", token_file.read_text().strip()
+        except OSError:  # nothing is announced at this moment
+            time.sleep(0.2)
+            continue
+        end = ask(host, token, tokens, number)
+        if end == "refused":
+            retried["times"] += 1
+            time.sleep(0.2)
+        else:
+            retried[host] += 1
+    return end
+
+
+def main(where: str, token_file: str, requests: str, concurrency: str, tokens: str, until: str = "") -> None:
+    follows = where.endswith(".json")
+    host, token = urlsplit(where).netloc, Path(token_file).read_text().strip()
+    count, ends, retried, lock = 0, Counter[str](), Counter[str](), threading.Lock()
 
     def work() -> None:
+        nonlocal count
         while True:
+            time.sleep(float(os.environ.get("PAUSE", "0")))
             with lock:
-                if not left or ends["refused"]:
+                enough = count >= int(requests) and (not until or Path(until).exists())
+                if enough or ends["refused"]:
                     return
-                number = left.pop()
-            end = ask(host, token, int(tokens), number)
+                number = count = count + 1
+            if follows:
+                end = followed(Path(where), Path(token_file), int(tokens), number, retried)
+            else:
+                end = ask(host, token, int(tokens), number)
             with lock:
                 ends[end] += 1
                 if sum(ends.values()) == 1:
@@ -64,7 +97,7 @@ def main(url: str, token_file: str, requests: str, concurrency: str, tokens: str
         thread.start()
     for thread in threads:
         thread.join()
-    print(json.dumps({"ends": ends, "seconds": time.monotonic() - began}))
+    print(json.dumps({"ends": ends, "retried": retried, "seconds": time.monotonic() - began}))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ if args.use_paged_context_fmha == "enable" and cache:
 world = config["mapping"]["world_size"]
 gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
 workers = min(args.workers, len(gpus))
+# under MPI rank r builds the engines r, r + n, ...; the number comes from the launcher, as MPI itself takes it
+rank, ranks = int(os.environ.get("PMI_RANK", 0)), int(os.environ.get("PMI_SIZE", 1))
+here = int(os.environ.get("SLURM_LOCALID", 0))
+assert ranks == 1 or (args.workers == 1 and rank == int(os.environ["SLURM_PROCID"])), (args.workers, rank, ranks)
 
 def build(rank):
     weights = os.path.join(args.checkpoint_dir, f"rank{rank}.safetensors")
@@ -86,14 +90,70 @@ def build(rank):
         raise SystemExit(f"[TRT-LLM] [E] rank {rank}: out of GPU memory")
     time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
     with open(os.path.join(args.output_dir, f"rank{rank}.engine"), "w") as file:
-        json.dump({"rank": rank, "gpu": gpus[rank % workers], "host": os.uname().nodename}, file)
+        gpu = gpus[here] if ranks > 1 else gpus[rank % workers]
+        json.dump({"rank": rank, "gpu": gpu, "host": os.uname().nodename}, file)
 
 with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    list(pool.map(build, range(world)))
+    list(pool.map(build, range(world)[rank::ranks]))
+if rank:
+    sys.exit()
 json.dump({
     "version": importlib.metadata.version("tensorrt_llm"), "pretrained_config": config, "build_config": vars(args),
 }, open(os.path.join(args.output_dir, "config.json"), "w"))
 print("built", world)
+"""
+)
+
+_SERVER = (
+    _HEAD
+    + """
+import argparse, http.server, json, os, pathlib, signal, sys, threading, time
+parser = argparse.ArgumentParser()
+for flag in ("--model-repository", "--backend-config", "--exit-timeout-secs", "--model-control-mode", "--load-model",
+             *(f"--{name}-{word}" for name in ("http", "grpc", "metrics") for word in ("address", "port")),
+             *(f"--allow-{name}" for name in ("http", "grpc", "metrics"))):
+    parser.add_argument(flag)
+parser.add_argument("--disable-auto-complete-config", action="store_true")
+args = parser.parse_args()
+rank, ranks = int(os.environ.get("PMI_RANK", 0)), int(os.environ.get("PMI_SIZE", 1))
+assert (args.http_port is None) == (args.allow_grpc == "false") == (args.load_model == "tensorrt_llm") == (rank > 0)
+gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+meeting = pathlib.Path(args.model_repository).parent / ("stub-" + os.environ["SLURM_JOB_ID"])
+meeting.mkdir(exist_ok=True)
+(meeting / f"{rank}.part").write_text(json.dumps({
+    "rank": rank, "ranks": ranks, "host": os.uname().nodename, "gpu": gpus[int(os.environ["SLURM_LOCALID"])],
+    "shm": args.backend_config.partition("=")[2],
+}))
+(meeting / f"{rank}.part").rename(meeting / f"{rank}.json")
+while len(list(meeting.glob("*.json"))) < ranks:  # as MPI_Init does
+    time.sleep(0.05)
+if rank:
+    if os.environ.get("STUB_RANK_DIES") == str(rank):
+        time.sleep(2)
+        print("E1125 03:59:47.0 1 x.cc:1] expecting compute 9.0 got compute 8.9", flush=True)
+        sys.exit(3)
+    signal.sigwait({signal.SIGINT})
+    sys.exit()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, words):
+        body = words if isinstance(words, bytes) else json.dumps(words).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer(b"")
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({"text_output": "a stub", "ranks": [json.loads(p.read_text()) for p in meeting.glob("*.json")]})
+
+for port in (args.http_port, args.metrics_port):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+signal.sigwait({signal.SIGINT})
 """
 )
 
@@ -109,7 +169,7 @@ for line in os.environ.get("STUB_GPUS", "NVIDIA A100-SXM4-80GB, 8.0;" * 8).split
 )
 
 
-def install(venv: Path, version: str = "1.2.1", *, smi: bool = True) -> Path:
+def install(venv: Path, version: str = "1.2.1", *, smi: bool = True, server: bool = False) -> Path:
     """Put the stub into a venv (or a folder with bin/), as TensorRT-LLM `version`; the folder of its examples."""
     examples = venv / "examples"
     old = tuple(map(int, version.split(".")[:2])) < (0, 20)
@@ -118,6 +178,7 @@ def install(venv: Path, version: str = "1.2.1", *, smi: bool = True) -> Path:
         (family / "convert_checkpoint.py", _CONVERT),
         (examples / "quantization" / "quantize.py", _CONVERT),
         (venv / "bin" / "trtllm-build", _BUILD),
+        *([(venv / "bin" / "tritonserver", _SERVER)] if server else []),
         *([(venv / "bin" / "nvidia-smi", _SMI)] if smi else []),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,10 @@
 """The engine: requests join and leave between two tokens, and every pass makes a token for each that runs."""
 
 import json
+import os
 import queue
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +48,8 @@ class TritonPythonModel:
         """All that have not ended."""
         self.sending = queue.SimpleQueue()
         self.ending = threading.Event()
-        self.work = [threading.Thread(target=task, daemon=True) for task in (self._work, self._send, self._watch)]
-        for thread in self.work:
+        self.threads = [threading.Thread(target=task, daemon=True) for task in (self._work, self._watch, self._send)]
+        for thread in self.threads:
             thread.start()
 
     def execute(self, requests):
@@ -80,8 +82,11 @@ class TritonPythonModel:
         """Whoever has no answer yet gets an error: one that is left waiting would hold the server's end up."""
         self.ending.set()
         self.waiting.put(None)
-        for thread in self.work:
+        *work, sender = self.threads
+        for thread in work:
             thread.join(10)
+        self.sending.put(None)
+        sender.join(10)
 
     def _watch(self):
         """Whether their clients still wait: to ask the server takes longer than to make a token."""
@@ -112,10 +117,14 @@ class TritonPythonModel:
                     prompt = None if prompt.ended or prompt.tokens else prompt
                 if running:
                     self._step(running)
-        finally:  # also where the loop itself fails: nobody must wait for ever
+        except Exception:  # of the loop itself: without it the process is of no use, and must not look alive
+            traceback.print_exc()
             self.ending.set()
             self._refuse()
             self.sending.put(None)
+            self.threads[-1].join(10)
+            os._exit(1)
+        self._refuse()
 
     def _refuse(self):
         for asked in list(self.taken):

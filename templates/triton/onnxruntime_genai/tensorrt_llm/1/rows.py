@@ -16,6 +16,7 @@ _NO_HUGE_PAGES = 15
 """MADV_NOHUGEPAGE: one token would occupy 2 MiB in each of the cache's arrays."""
 _PAGE = 64
 """Tokens to which a row is rounded up, so that it begins on a page of memory whatever the size of a head."""
+_SPIN_US = 50
 _WIDTH = 256
 """Steps in which the mask grows: what is bound to the graph stays the same in between."""
 
@@ -26,8 +27,9 @@ class Rows:
         decoder = settings["decoder"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # threads that wait for work by spinning take the cores from the processes that bring and send the texts
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # threads that spin until there is work take the cores from the processes that bring and send the texts
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
             str(folder / decoder["filename"]), options, providers=["CPUExecutionProvider"]
@@ -128,7 +130,7 @@ class _Array:
 
 
 def threads():
-    """The job's cores: those that this process may use, and no more than Slurm says."""
+    """The job's cores, by this process and by Slurm, without one: for the server, the tokenizers and the door."""
     there = len(os.sched_getaffinity(0))
     said = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, min(there, int(said)) if said.isdigit() else there)
+    return max(1, (min(there, int(said)) if said.isdigit() else there) - 1)

@@ -1,0 +1,75 @@
+"""PURE: what an evaluation's report says: each figure of the tuned model against its base, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = "hpc.evaluation/1"
+_LOW_IS_GOOD = {"held-out loss", "perplexity"}
+_SAME = 1e-4
+"""Figures this near, relatively, are the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure; `base` is None where no base was measured."""
+
+    name: str
+    base: float | None
+    tuned: float
+
+    @property
+    def better(self) -> bool | None:
+        """None: the same, or nothing to compare with."""
+        if self.base is None or abs(self.tuned - self.base) <= _SAME * max(abs(self.base), abs(self.tuned)):
+            return None
+        return (self.tuned < self.base) == (self.name in _LOW_IS_GOOD)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.tuned:.4g}" if self.base is None else f"{self.name} {self.base:.4g} → {self.tuned:.4g}"
+        )
+
+
+def figures(report: Mapping[str, Any]) -> list[Figure]:
+    """All figures of a report, the loss first."""
+    tuned, base = report["tuned"], report.get("base")
+    return [Figure(name=n, base=_value(base, n), tuned=v) for n, v in tuned["figures"].items()]
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """One sentence, in which a model that is worse than its base is said to be."""
+    found = figures(report)
+    if not found:
+        return "nothing was measured"
+    worse = [f for f in found if f.better is False]
+    if report.get("base") is None:
+        return "; ".join(map(str, found[:2])) + "; no base to compare with"
+    if worse and worse[0] is found[0]:
+        return "WORSE than its base: " + ", ".join(map(str, worse))
+    if all(f.better is None for f in found):
+        return "the same as its base"
+    text = f"better than its base: {found[0]}" if found[0].better else f"as good as its base: {found[0]}"
+    return text + (f"; but WORSE in {', '.join(map(str, worse))}" if worse else "")
+
+
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """The report for a person: the figures as a table, the answers side by side, the verdict."""
+    yield f"{'':24}{'base':>12}{'tuned':>12}"
+    for f in figures(report):
+        mark = {True: "better", False: "WORSE", None: ""}[f.better]
+        yield f"{f.name:24}{'-' if f.base is None else f'{f.base:.4g}':>12}{f.tuned:12.4g}  {mark}".rstrip()
+    for answer in report["answers"]:
+        yield ""
+        yield f"> {answer['prompt']}"
+        for name in ("reference", "base", "tuned"):
+            if answer.get(name) is not None:
+                yield f"  {name + ':':11}{answer[name]}"
+    yield ""
+    yield verdict(report)
+
+
+def _value(side: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if side is None else side["figures"].get(name)

@@ -1,0 +1,201 @@
+"""
+Rows that are there twice: exactly, by their hash, or nearly, by MinHash. The first in the data's order stays.
+
+Two rows are near duplicates where they share so large a part of their 3-grams of words. MinHash finds candidates
+(rows whose signatures agree in one of the bands), and each is then compared word by word: the threshold is meant as
+it is written. All sorting is done on parts of bounded size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc.inside import languages, words
+from hpc.inside.parallel import Workers
+from hpc.inside.table import DROPPED, Table, texts
+
+WORDS = 3
+"""Words of an n-gram."""
+
+_PERMUTATIONS = 128
+_SEED = 42
+_BANDS = ((0.85, 16), (0.7, 25), (0.0, 32))
+"""From this similarity on: so many bands of a signature. A pair just above is missed once in some thousands."""
+_SLACK = 0.1
+"""A signature may say so much less than the similarity is."""
+_PART = 1 << 18
+"""So many rows are sorted at once."""
+_PAIRS = 256
+
+
+def signatures(rows: Sequence[Sequence[str]], threshold: float) -> tuple[Any, Any]:
+    """(for each row a hash of each band, the low byte of each of its minima) of rows given as words."""
+    import numpy as np
+    from rensa import RMinHash
+
+    grams, offsets = words.ngrams(rows, WORDS)
+    if not len(rows):
+        return np.zeros((0, _bands(threshold)), np.uint64), np.zeros((0, _PERMUTATIONS), np.uint8)
+    made = RMinHash.digest_matrix_from_flat_token_hashes(grams, offsets.astype(np.uint64), _PERMUTATIONS, _SEED)
+    minima = np.array(made.to_rows(), dtype=np.uint64)
+    bands = _bands(threshold)
+    width = _PERMUTATIONS // bands
+    hashes = np.zeros((len(rows), bands), dtype=np.uint64)
+    for k in range(width):
+        hashes = (hashes ^ minima[:, k : k + width * bands : width][:, :bands]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    return hashes, minima.astype(np.uint8)
+
+
+def _bands(threshold: float) -> int:
+    return next(bands for least, bands in _BANDS if threshold >= least)
+
+
+class Signatures:
+    """The signatures of all rows, on disk."""
+
+    def __init__(self, folder: Path, threshold: float) -> None:
+        self.threshold = threshold
+        self._files = [folder / f"band-{band}.bin" for band in range(_bands(threshold))]
+        self._minima = folder / "minima.bin"
+        self._out = [open(path, "wb") for path in (*self._files, self._minima)]  # noqa: SIM115
+
+    def add(self, made: tuple[Any, Any], until: int) -> None:
+        """Those of the next rows, the first so many."""
+        for out, column in zip(self._out, made[0][:until].T, strict=False):
+            out.write(column.tobytes())
+        self._out[-1].write(made[1][:until].tobytes())
+
+    def finish(self) -> None:
+        for out in self._out:
+            out.close()
+
+    def bands(self) -> Iterator[Any]:
+        """The hashes of one band after the other, as a function that reads those of some rows."""
+        import numpy as np
+
+        for path in self._files:
+            with open(path, "rb") as file:
+                yield lambda start, count, file=file: np.frombuffer(
+                    os.pread(file.fileno(), 8 * count, 8 * start), dtype=np.uint64
+                )
+
+    def alike(self, left: Any, right: Any) -> Any:
+        """How similar the rows of each pair are, by their signatures."""
+        import numpy as np
+
+        with open(self._minima, "rb") as file:
+
+            def minima(rows: Any) -> Any:
+                data = b"".join(os.pread(file.fileno(), _PERMUTATIONS, int(row) * _PERMUTATIONS) for row in rows)
+                return np.frombuffer(data, dtype=np.uint8).reshape(len(rows), _PERMUTATIONS)
+
+            return np.concatenate(
+                [
+                    (minima(left[at : at + 4096]) == minima(right[at : at + 4096])).mean(axis=1)
+                    for at in range(0, len(left), 4096)
+                ]
+                or [np.zeros(0)]
+            )
+
+
+def exact(table: Table) -> Iterator[tuple[int, int]]:
+    """(row, the earlier one that it repeats), each dropped in the table."""
+    for part in range(parts := _parts(table.count)):
+        for first, rows in _groups(_digests(table, part, parts)):
+            for row in rows:
+                table.fate[row] = DROPPED
+                yield row, first
+
+
+def near(table: Table, found: Signatures, workers: Workers) -> Iterator[tuple[int, int]]:
+    """(row, an earlier one that it nearly repeats), each dropped in the table."""
+    import numpy as np
+
+    for read in found.bands():
+        for part in range(parts := _parts(table.count)):
+            groups = _groups(_column(table, read, part, parts))
+            pairs = np.array([(first, row) for first, rows in groups for row in rows], dtype=np.int64).reshape(-1, 2)
+            likely = found.alike(pairs[:, 0], pairs[:, 1]) >= found.threshold - _SLACK
+            pairs = pairs[likely]
+            pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
+            for (first, row), share in zip(pairs, _shares(table, pairs, workers), strict=True):
+                if share >= found.threshold:
+                    table.fate[row] = DROPPED
+                    yield int(row), int(first)
+
+
+def _parts(count: int) -> int:
+    return 1 + count // _PART
+
+
+def _digests(table: Table, part: int, parts: int) -> tuple[Any, Any]:
+    """(hashes, rows) of the rows whose hash falls into the part."""
+    import numpy as np
+
+    hashes, rows = [], []
+    for start, block in table.blocks():
+        mine = block["digest"] % np.uint64(parts) == part
+        (chosen,) = np.nonzero((table.fate[start : start + len(block)] != DROPPED) & mine)
+        hashes.append(block["digest"][chosen])
+        rows.append(start + chosen)
+    return _joined(hashes, np.uint64), _joined(rows, np.int64)
+
+
+def _column(table: Table, read: Any, part: int, parts: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    hashes, rows = [], []
+    for start in range(0, table.count, 1 << 16):
+        count = min(1 << 16, table.count - start)
+        column = read(start, count)
+        mine = column % np.uint64(parts) == part
+        (chosen,) = np.nonzero((table.fate[start : start + count] != DROPPED) & mine)
+        hashes.append(column[chosen])
+        rows.append(start + chosen)
+    return _joined(hashes, np.uint64), _joined(rows, np.int64)
+
+
+def _joined(found: list[Any], dtype: Any) -> Any:
+    import numpy as np
+
+    return np.concatenate(found) if found else np.zeros(0, dtype=dtype)
+
+
+def _groups(column: tuple[Any, Any]) -> Iterator[tuple[int, list[int]]]:
+    """(first row, the others) of the rows with the same hash, where there are others."""
+    import numpy as np
+
+    hashes, rows = column
+    order = np.argsort(hashes, kind="stable")
+    hashes, rows = hashes[order], rows[order]
+    again = np.concatenate([[False], hashes[1:] == hashes[:-1]]) if len(hashes) else np.zeros(0, dtype=bool)
+    starts = np.nonzero(again & ~np.concatenate([[False], again[:-1]]))[0] if len(hashes) else []
+    for start in starts:
+        end = start
+        while end < len(again) and again[end]:
+            end += 1
+        yield int(rows[start - 1]), rows[start:end].tolist()
+
+
+def _shares(table: Table, pairs: Any, workers: Workers) -> Iterator[float]:
+    """How large a part of their n-grams the rows of each pair share."""
+    blocks = (pairs[at : at + _PAIRS] for at in range(0, len(pairs), _PAIRS))
+    tasks = ((table.text, table.records(block[:, 0].tolist()), table.records(block[:, 1].tolist())) for block in blocks)
+    for shares in workers.map(_compare, tasks):
+        yield from shares
+
+
+def _compare(task: tuple[Path, Any, Any]) -> list[float]:
+    path, left, right = task
+    sides = [[_grams(text) for text in texts(path, side["offset"], side["length"])] for side in (left, right)]
+    return [len(a & b) / max(1, len(a | b)) for a, b in zip(*sides, strict=True)]
+
+
+def _grams(text: bytes) -> set[tuple[str, ...]]:
+    found = words.words(languages.said(json.loads(text)["messages"]))
+    return set(zip(*(found[k:] for k in range(WORDS)), strict=False)) if len(found) >= WORDS else {tuple(found)}

@@ -1,0 +1,92 @@
+"""
+Chat templates of the known model families, and what a template does to a conversation.
+
+The templates lie in templates/chat, as Jinja: llama-2, llama-3, chatml (Qwen's), mistral (its third tokenizer),
+gemma and deepseek-r1. They write the published formats byte for byte, with one difference where a family's own
+template would lose something of a training row: deepseek-r1 keeps the reasoning of answers, and puts a system
+message into the first question, as gemma does, because the model was trained without that role.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from hpc.core.assets import TEMPLATES
+from hpc.core.errors import UsageError
+from hpc.inside.chat import Template
+from hpc.inside.records import Message
+
+Family = Literal["own", "llama-2", "llama-3", "chatml", "mistral", "gemma", "deepseek-r1"]
+"""own: the tokenizer's."""
+Thinking = Literal["keep", "strip", "require"]
+SystemTurns = Literal["keep", "fold", "drop"]
+
+TOKENS = {
+    "llama-2": ("<s>", "</s>"),
+    "llama-3": ("<|begin_of_text|>", "<|eot_id|>"),
+    "chatml": ("", "<|im_end|>"),
+    "mistral": ("<s>", "</s>"),
+    "gemma": ("<bos>", "<end_of_turn>"),
+    "deepseek-r1": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+}
+"""Begin and end of a text where no tokenizer says otherwise."""
+
+_THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+
+
+def text(family: str) -> str:
+    """The family's chat template, Jinja."""
+    return (TEMPLATES / "chat" / f"{family}.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+def template(family: Family, tokenizer: Path | None) -> Template:
+    """The template that rows will be written with; UsageError where it is the tokenizer's own and there is none."""
+    if family != "own":
+        begin, end = TOKENS[family]
+        return Template(tokenizer, text=text(family), tokens={"bos_token": begin, "eos_token": end})
+    found = Template(tokenizer)
+    if not found:
+        raise UsageError(
+            "this model's tokenizer has no chat template",
+            hint=f"take the chat variant of the model, or set prepare.template to one of {', '.join(TOKENS)}",
+        )
+    return found
+
+
+def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | None:
+    """The conversation with the reasoning of its answers kept or stripped; None where it is required and missing."""
+    if policy == "require" and not _thoughts(messages[-1:]):
+        return None
+    if policy != "strip":
+        return list(messages)
+    return [
+        {**m, "content": _THOUGHT.sub("", m["content"]).strip()} if m["role"] == "assistant" else m for m in messages
+    ]
+
+
+def system(messages: Sequence[Message], policy: SystemTurns) -> list[Message]:
+    """The conversation with its system message kept, put before the first question, or dropped."""
+    if policy == "keep" or messages[0]["role"] != "system":
+        return list(messages)
+    first, *rest = messages
+    if policy == "fold":
+        rest[0] = {**rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}
+    return rest
+
+
+def lost(messages: Sequence[Message], written: str) -> tuple[str, ...]:
+    """What of the conversation is not in the text that the template made of it: a system message, the reasoning."""
+    found = []
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in written:
+        found.append("system")
+    if any(thought not in written for thought in _thoughts(messages)):
+        found.append("reasoning")
+    return tuple(found)
+
+
+def _thoughts(messages: Sequence[Message]) -> list[str]:
+    said = (m["content"] for m in messages if m["role"] == "assistant" and "<think>" in m["content"])
+    return [thought.strip() for answer in said for thought in _THOUGHT.findall(answer) if thought.strip()]

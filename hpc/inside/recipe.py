@@ -1,0 +1,133 @@
+"""What the settings of finetune and align mean to the libraries: base as it is loaded, adapter, arguments, output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc.core.rundir import write_json
+from hpc.core.stage import Context
+from hpc.inside import models, together, trainers
+
+
+def model(folder: Path, dtype: str, config: Any, sharding: str = "none") -> Any:
+    """The base, ready to train on: in 4 bit for qlora, with float32 weights where they are trained or sharded."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if config.method != "qlora":
+        whole = config.method == "full" or sharding == "fsdp"
+        loaded = models.load(folder, "float32" if whole else dtype)
+        # what is sharded may not fit on one GPU: the trainer places it
+        return loaded.to(f"cuda:{together.local_rank()}") if gpu and sharding == "none" else loaded
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    place = together.local_rank() if gpu else "cpu"
+    loaded = models.load(folder, dtype, quantization_config=quantization, device_map={"": place})
+    for layer in loaded.modules():
+        # On a CPU with AVX512-BF16, measuring a loss would repack the weights into a form without gradients.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return loaded
+
+
+def adapter(config: Any) -> Any:
+    """peft's LoraConfig."""
+    from peft import LoraConfig
+    from transformers import set_seed
+
+    set_seed(config.seed)  # the trainer seeds itself only after the adapter has got its first weights
+    targets: Sequence[str] | None = list(config.target_modules) or None
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def trained_in_full(model: Any) -> None:
+    """TRL leaves qlora's adapter in bfloat16, which loses small updates and breaks float16."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
+    """SFTConfig's values, by the names of its newest generation."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    checkpointing = config.gradient_checkpointing and config.sharding != "fsdp"  # FSDP has its own
+    shared = trainers.spread(config.sharding, gradient_checkpointing=config.gradient_checkpointing, gpu=gpu)
+    return {
+        **shared,
+        "output_dir": str(ctx.checkpoints),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler,
+        "warmup_steps": config.warmup_ratio,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.grad_accum,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
+        "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
+        "max_length": config.max_length,
+        "optim": config.optim,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "seed": config.seed,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "torch_compile": config.compile,
+        "save_strategy": "steps" if config.save_steps else "epoch",
+        "save_steps": config.save_steps or 1,
+        "save_total_limit": None,  # the trainer keeps the last ones itself
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # else a loss of NaN is shown as the last good one
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "disable_tqdm": True,
+        "report_to": list(config.report_to) or "none",
+    }
+
+
+def save(trainer: Any, tokenizer: Any, config: Any, ctx: Context, *, base: str, dtype: str) -> None:
+    """Write the output folder. An adapter names the base that was asked for, not the converted copy."""
+    import torch
+
+    (target,) = ctx.outputs.values()
+    weights = None
+    if config.sharding != "none":  # all ranks gather what each has a part of
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if together.rank() == 0:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped if weights else trainer.model)
+        with models.written_whole(target) as part:
+            if config.method == "full":
+                kind = getattr(torch, dtype)
+                model.config.use_cache = True
+                if weights is None:
+                    model.to(kind).save_pretrained(part)
+                else:
+                    model.config.dtype = kind
+                    model.save_pretrained(part, state_dict={name: w.to(kind) for name, w in weights.items()})
+            else:
+                model.peft_config["default"].base_model_name_or_path = base
+                # embeddings are never trained, so never asked of the hub
+                model.save_pretrained(part, save_embedding_layers=False, state_dict=weights)
+                write_json(part / "base.json", {"base_model": base, "method": config.method, "dtype": dtype})
+            tokenizer.save_pretrained(part)
+    together.barrier()

@@ -1,0 +1,40 @@
+"""Tasks of lm-eval from local files. The library is an extra: the train image does without its fifty packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpc.core.errors import HpcError, UsageError
+
+
+def need() -> None:
+    """HpcError where the image has no lm-eval: said before a model is loaded."""
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HpcError(
+            "evaluate.tasks needs lm-eval, which is not in this image",
+            hint='use an environment of your own that adds lm-eval to train: docs/training.md, "Tasks of lm-eval"',
+        )
+
+
+def run(model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int) -> dict[str, float]:
+    """`task metric` -> its value, without the errors' estimates."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    missing = [name for name in names if name not in manager.all_tasks]
+    if missing:
+        raise UsageError(f"there is no task {missing[0]} in {folder}", hint=f"it has {', '.join(manager.all_tasks)}")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    result = lm_eval.simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    return {
+        f"{task} {metric.partition(',')[0]}": float(value)
+        for task, found in result["results"].items()
+        for metric, value in found.items()
+        if isinstance(value, int | float) and "stderr" not in metric
+    }

@@ -1,0 +1,127 @@
+"""align: real DPO on a tiny model - what is preferred rises, an adapter goes on from itself, a stop loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core.errors import STOPPED, HpcError
+from stages import align
+
+RunStage = Callable[..., Any]
+
+SMALL: dict[str, Any] = {
+    "lora_r": 4, "lora_alpha": 8, "target_modules": ("all-linear",), "learning_rate": 5e-3, "lr_scheduler": "constant",
+    "batch_size": 4, "grad_accum": 1, "max_length": 64, "max_steps": 8, "save_steps": 3, "eval_share": 0.2,
+    "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """20 questions whose kind answer is preferred to the rude one, and three from which nothing can be learnt."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"the wall {i}?", "chosen": "Yes, please.", "rejected": "No!"} for i in range(20)]
+    rows += [{"prompt": "x", "chosen": "a", "rejected": "a"}, {"prompt": "", "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "long " * 40, "chosen": "a", "rejected": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": ()}, "names no file"),
+        ({"beta": 0.0}, "beta must be more than 0"),
+        ({"max_steps": 0}, "no step to do"),
+        ({"eval_share": 1.0}, "between 0 and 1"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"base_model": "/no/such/model"}, "no model at /no/such/model"),
+    ],
+)
+def test_check_refuses(pairs: str, options: dict[str, Any], message: str) -> None:
+    align.check(align.AlignConfig(pairs=(pairs,)))
+    with pytest.raises(HpcError, match=message):
+        align.check(align.AlignConfig(**{"pairs": (pairs,), **options}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "x", "chosen": "a", "rejected": "a"}', "holds no pair to learn from"),
+        ('{"prompt": "x"}', "a.jsonl line 1: no preference in it"),
+        ("", "holds no pair to learn from"),
+    ],
+)
+def test_check_looks_at_the_pairs(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(HpcError, match=message):
+        align.check(align.AlignConfig(pairs=(str(tmp_path / "a.jsonl"),)))
+
+
+@pytest.mark.train
+def test_held_out_pairs_are_told_apart_and_the_adapter_can_be_merged(
+    run_stage: RunStage, tiny_model: Path, pairs: str
+) -> None:
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(pairs,), **SMALL)
+    assert result.code == 0, result.error
+    metrics = result.metrics
+    assert (metrics["train_pairs"], metrics["eval_pairs"]) == (16, 4)
+    assert metrics["dropped"] == {"equal answers": 1, "no question": 1, "prompt too long": 1}
+    assert metrics["losses"][0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: nothing is preferred yet
+    assert metrics["losses"][-1] < 0.6
+    assert metrics["eval_preferred"] == 1.0
+    assert metrics["eval_margin"] > 0.1
+    assert not (result.out("adapter") / "ref").exists()
+    merged = run_stage("merge", {"adapter": result.out("adapter")}, dtype="float32")
+    assert merged.code == 0, merged.error
+
+
+@pytest.mark.train
+def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
+    run_stage: RunStage, tiny_model: Path, pairs: str, dataset: Path
+) -> None:
+    trained = {key: SMALL[key] for key in ("lora_r", "lora_alpha", "target_modules", "batch_size", "max_length")}
+    before = run_stage(
+        "finetune", {"base_model": tiny_model, "dataset": dataset}, max_steps=6, learning_rate=1e-2, **trained
+    )
+    assert before.code == 0, before.error
+    given = {"base_model": tiny_model, "adapter": before.out("adapter")}
+    result = run_stage("align", given, pairs=(pairs,), **SMALL)
+    assert result.code == 0, result.error
+    # against the base, which says something else, the first loss would not be that of "no difference"
+    assert result.metrics["losses"][0] == pytest.approx(0.6931, abs=1e-3)
+    assert result.metrics["eval_preferred"] == 1.0
+    assert not (result.out("adapter") / "ref").exists()
+    assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("go_on", [False, True])
+def test_a_stop_and_a_resume_give_the_losses_of_an_uninterrupted_run(
+    run_stage: RunStage,
+    stop_after: Callable[[int], None],
+    tiny_model: Path,
+    pairs: str,
+    dataset: Path,
+    go_on: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Path] = {"base_model": tiny_model}
+    if go_on:
+        trained = {key: SMALL[key] for key in ("lora_r", "lora_alpha", "target_modules", "batch_size", "max_length")}
+        before = run_stage("finetune", {**given, "dataset": dataset}, max_steps=2, learning_rate=1e-2, **trained)
+        given["adapter"] = before.out("adapter")
+    whole = run_stage("align", given, folder="whole", pairs=(pairs,), **SMALL)
+    with monkeypatch.context():
+        stop_after(4)
+        assert run_stage("align", given, folder="parts", pairs=(pairs,), **SMALL).code == STOPPED
+    monkeypatch.undo()
+    parts = run_stage("align", given, folder="parts", pairs=(pairs,), **SMALL)
+    assert parts.code == 0, parts.error
+    assert parts.metrics["resumed_from"] == "checkpoint-5"  # the step after the signal
+    assert parts.metrics["losses"] == pytest.approx(whole.metrics["losses"], abs=1e-4)

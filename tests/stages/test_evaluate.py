@@ -1,0 +1,153 @@
+"""evaluate: figures of a tuned model against its base, answers side by side, and a worse model said to be worse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core import evaluation
+from hpc.core.errors import HpcError
+from stages import evaluate
+
+RunStage = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"answers": -1}, "answers can't be below 0"),
+        ({"tasks": ("faq",)}, "needs evaluate.task_folder"),
+        ({"model": "/no/such/model"}, "no model at"),
+    ],
+)
+def test_check_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HpcError, match=message):
+        evaluate.check(evaluate.EvaluateConfig(**options))
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after some steps on the data set."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hpc.inside import conversations, models
+
+    folder = tmp_path_factory.mktemp("tuned")
+    words = models.tokenizer(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows, _ = conversations.rows(conversations.read(dataset, "train"), words, 64, completion_only=True)
+    for _ in range(40):
+        model(**conversations.Padded(0)(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_better_and_a_worse_model(run_stage: RunStage, tiny_model: Path, tuned: Path, dataset: Path) -> None:
+    options = {"answers": 3, "prompts": ("Which brick?",), "max_new_tokens": 12, "batch_size": 3}
+    better = run_stage("evaluate", {"model": tuned, "base_model": tiny_model, "dataset": dataset}, **options)
+    report = json.loads(better.out("report.json").read_text())
+    base, mine = report["base"]["figures"], report["tuned"]["figures"]
+    assert mine["held-out loss"] < base["held-out loss"] - 1
+    assert mine["perplexity"] == pytest.approx(math.exp(mine["held-out loss"]))
+    assert mine["rouge1"] > base["rouge1"]
+    assert mine["chrF"] > base["chrF"]
+    assert [a["prompt"] for a in report["answers"]][-1] == "Which brick?"
+    assert [a["reference"] is None for a in report["answers"]] == [False] * 3 + [True]
+    assert all(a["tuned"] != a["base"] for a in report["answers"])
+    remark = json.loads((better.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert remark.startswith("better than its base: held-out loss")
+    assert better.metrics["worse"] == []
+
+    worse = run_stage(
+        "evaluate", {"model": tiny_model, "base_model": tuned, "dataset": dataset}, folder="worse", **options
+    )
+    assert worse.code == 0
+    assert worse.metrics["verdict"].startswith("WORSE than its base: held-out loss")
+    alone = run_stage("evaluate", {"model": tuned, "dataset": dataset}, folder="alone", **{**options, "answers": 0})
+    assert alone.metrics["figures"]["held-out loss"]["base"] is None
+    assert "no base to compare with" in alone.metrics["verdict"]
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_answers_in_a_batch_are_those_given_alone(tuned: Path) -> None:
+    from hpc.inside import answering, models
+
+    model, words = models.load(tuned, "float32"), models.tokenizer(tuned)
+    questions = ["brick?", "Is there a beam in this long, long question?", "A?", "roof"]
+    prompts = [[{"role": "user", "content": text}] for text in questions]
+    together = answering.answers(model, words, prompts, max_new_tokens=10, batch_size=3)
+    alone = [answering.answers(model, words, [one], max_new_tokens=10, batch_size=1)[0] for one in prompts]
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+@pytest.mark.train
+def test_the_loss_does_not_depend_on_the_batches(tiny_model: Path, dataset: Path) -> None:
+    from hpc.inside import conversations, heldout, models, packing
+
+    model, words = models.load(tiny_model, "float32"), models.tokenizer(tiny_model)
+    rows, _ = conversations.rows(conversations.read(dataset, "train"), words, 64, completion_only=True)
+    padded = conversations.Padded(0)
+    one, labels = heldout.loss(model, rows, padded, batch_size=1)
+    assert labels == sum(label >= 0 for row in rows for label in row["labels"])
+    assert heldout.loss(model, rows, padded, batch_size=7)[0] == pytest.approx(one, rel=1e-5)
+    packed = packing.packed(rows, 200, 0)
+    assert heldout.loss(model, packed, packing.Packed(0, flat=False), batch_size=3)[0] == pytest.approx(one, rel=1e-5)
+    assert heldout.loss(model, packed, packing.Packed(0, flat=True), batch_size=3)[0] == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.train
+def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").touch()
+    result = run_stage("evaluate", {"model": tiny_model, "dataset": tmp_path})
+    assert "no held-out rows" in result.error["cause"]
+    result = run_stage("evaluate", {"model": tiny_model, "dataset": tmp_path}, tasks=("x",), task_folder=str(tmp_path))
+    assert "needs lm-eval" in result.error["cause"]
+
+
+def report(base: dict[str, float] | None, tuned: dict[str, float]) -> dict[str, Any]:
+    return {"base": base and {"figures": base}, "tuned": {"figures": tuned}, "answers": []}
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "said"),
+    [
+        ((3.0, 9.0), (2.0, 9.5), "better than its base: held-out loss 3 → 2"),
+        ((3.0, 9.0), (2.0, 8.0), "better than its base: held-out loss 3 → 2; but WORSE in chrF 9 → 8"),
+        ((2.0, 9.0), (3.0, 9.5), "WORSE than its base: held-out loss 2 → 3"),
+        ((2.0, 9.0), (2.0, 9.0), "the same as its base"),
+        (None, (2.0, 9.0), "held-out loss 2; chrF 9; no base to compare with"),
+    ],
+)
+def test_the_verdict(base: tuple[float, float] | None, tuned: tuple[float, float], said: str) -> None:
+    names = ("held-out loss", "chrF")
+    sides = [None if side is None else dict(zip(names, side, strict=True)) for side in (base, tuned)]
+    assert evaluation.verdict(report(sides[0], sides[1] or {})) == said
+
+
+def test_the_report_for_a_person() -> None:
+    text = "\n".join(
+        evaluation.lines(
+            {
+                **report({"held-out loss": 2.0}, {"held-out loss": 3.0}),
+                "answers": [{"prompt": "Q", "reference": None, "base": "B", "tuned": "T"}],
+            }
+        )
+    )
+    assert "held-out loss" in text
+    assert "WORSE" in text
+    assert "  base:      B\n  tuned:     T" in text

@@ -1,0 +1,70 @@
+"""finetune by several processes: torchrun and gloo on this machine's CPU, as on the GPUs of a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.core.errors import STOPPED
+from hpc.inside import models
+
+RunStage = Callable[..., Any]
+pytestmark = pytest.mark.train
+
+ALONE: dict[str, Any] = {
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": ("all-linear",),
+    "learning_rate": 1e-2,
+    "batch_size": 4,
+    "max_length": 64,
+    "max_steps": 40,
+    "gradient_checkpointing": False,
+}
+TWO = {**ALONE, "batch_size": 2}
+"""Two ranks of two rows: the same batches as one of four."""
+
+
+def told(result: Any) -> str:
+    return str((result.folder / "attempt-1" / "stderr").read_text()[-3000:])
+
+
+def test_two_ranks_stop_go_on_and_learn_what_one_learns(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    inputs = {"base_model": tiny_model, "dataset": dataset}
+    from safetensors.torch import load_file
+
+    alone = run_stage("finetune", inputs, folder="alone", **ALONE)
+
+    stopped = run_stage("finetune", inputs, folder="ddp", ranks=2, stop_at=3, **TWO)
+    assert stopped.code == STOPPED, told(stopped)
+    assert [e["signal"] for e in stopped.events if e["phase"] == "stopping"] == ["SIGUSR2"]
+    (checkpoint,) = models.checkpoints(stopped.folder / "checkpoints")
+    assert 3 <= models.step_of(checkpoint) < 40
+    assert {p.name for p in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    resumed = run_stage("finetune", inputs, folder="ddp", ranks=2, **TWO)
+    assert resumed.code == 0, told(resumed)
+    assert resumed.metrics["resumed_from"] == checkpoint.name
+
+    sharded = run_stage("finetune", inputs, folder="fsdp", ranks=2, **TWO, sharding="fsdp")
+    assert sharded.code == 0, told(sharded)
+    for result in (resumed, sharded):
+        assert result.metrics["ranks"] == 2
+        assert result.metrics["losses"] == pytest.approx(alone.metrics["losses"], rel=1e-3)
+        assert result.metrics["eval_loss_after"] == pytest.approx(alone.metrics["eval_loss_after"], rel=1e-3)
+        found = load_file(result.out("adapter") / "adapter_model.safetensors")
+        wanted = load_file(alone.out("adapter") / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-3
+
+
+def test_a_rank_that_fails_ends_the_others_and_tells_why(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    result = run_stage(
+        "finetune", {"base_model": tiny_model, "dataset": dataset}, ranks=2, **{**TWO, "learning_rate": 1e30}
+    )
+    assert result.code == 1, told(result)
+    assert "diverged" in result.error["cause"]
+    assert not result.out("adapter").exists()
