@@ -59,6 +59,8 @@ class Chat:
                 return 0
             except HpcError as error:
                 _note(f"error: {error.message}\n  try: {error.hint}")
+            except KeyboardInterrupt:  # before the answer began, or after it
+                _note("")
 
     def by_lines(self, lines: IO[str], out: IO[str] | None) -> int:
         """Each line a question or a command; 1, or the last error's code, where one of them failed."""

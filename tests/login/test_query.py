@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from hpc.core.errors import HpcError, NotReady, UsageError
 from hpc.login import answers, cli, doorway, opened
 from hpc.login import question as words
+from hpc.login.chat import Chat
 from hpc.login.question import Question, Sampling, TooLong
 from hpc.login.thoughts import Thoughts, split
 from tests.support.door import TOKEN, Reply, Stub, chunk, stream
@@ -372,3 +374,37 @@ def test_on_a_terminal(terminal: tuple[Terminal, Stub]) -> None:
     shown.until("> ")
     shown.type("\x04")
     assert shown.end() == 0
+
+
+WITHOUT_MARKS = """
+import sys
+from hpc.login import typing_in
+typing_in._edits = lambda: False
+print("ready", flush=True)
+print([typing_in.Lines(sys.stdin).read("") for _ in range(2)], flush=True)
+"""
+
+
+def test_lines_that_come_at_once_were_pasted_where_the_editor_does_not_tell() -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", WITHOUT_MARKS]
+    shown = Terminal(lambda **streams: subprocess.Popen(argv, env=env, start_new_session=True, **streams))
+    shown.until("ready")
+    shown.type("first\nsecond\nthird\n")
+    time.sleep(0.5)
+    shown.type("later\n")
+    shown.until("['first\\nsecond\\nthird', 'later']")
+    assert shown.end() == 0
+    shown.hang_up()
+
+
+def test_a_service_that_was_started_again_is_found_again(stub: Any) -> None:
+    doors = [stub(Reply(status=503, body={"error": {"message": "this service is ending"}})), stub(Reply(stream(["b"])))]
+    asked = iter(doors)
+    talk = Chat(lambda: doorway.of_url(next(asked).url, None, {"HPC_TOKEN": TOKEN}), Sampling(), "", thoughts=False)
+    out = io.StringIO()
+    with pytest.raises(NotReady):
+        talk._do("one", out)
+    talk._do("two", out)
+    assert out.getvalue() == "b\n"
+    assert [t["question"] for t in talk.document()["turns"]] == ["two"]  # what was not answered was never asked
