@@ -67,8 +67,8 @@ def serve(ctx: Context, server: Server) -> None:
         with process:
             if not asked.end and process.poll() is None:
                 endpoints.write(folder, _endpoint(ctx, server, ports, process.pid), token)
-                endpoints.take_over(folder, _job())
                 ctx.event("ready", ports=dict(ports))
+                endpoints.take_over(folder, _job())
             while not asked.end and process.poll() is None:
                 time.sleep(_LOOK_S)
             endpoints.clear(folder, _job(), keep_token=asked.end and bool(_job()))

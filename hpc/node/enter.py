@@ -149,6 +149,8 @@ class _Watch:
         if number == signal.SIGCONT or number in self.signals or self.over:
             return
         self.send(signal.SIGTERM if number == signal.SIGINT else number)
+        if self._attempt.stop.exists():  # at once: a service that ends slowly is killed before its end
+            endpoint.clear(rundir.StageDir(Path(self._job.stage_dir)), os.environ.get("SLURM_JOB_ID", ""))
         asked = self.asked()
         if signal.SIGTERM in self.signals and asked is not None:
             # SIGKILL follows in seconds, and then nobody could write this; a better end overwrites it

@@ -216,6 +216,20 @@ def test_term_after_hpc_cancel_is_known_as_asked_for(node: Node) -> None:
     assert node.outcome["cause"] == "cancelled by hpc cancel"
 
 
+def test_cancelled_service_leaves_no_token_however_slowly_it_ends(node: Node) -> None:
+    process = node.start(node.job(listener(last=0)))
+    node.ready()
+    where = endpoint.Endpoint(
+        host="n", bound="0.0.0.0", ports={"http": 1}, path="/", health="/h", job_id="77", pid=1, ready=1.0
+    )
+    endpoint.write(node.stage, where, "secret")
+    node.attempt.stop.write_text("{}")
+    process.send_signal(signal.SIGTERM)
+    until(lambda: not node.stage.token.exists(), "the token is gone")
+    assert process.poll() is None  # the payload is still at work
+    assert not node.stage.endpoint.exists()
+
+
 def test_better_end_overwrites_the_provisional_outcome(node: Node) -> None:
     process = node.start(node.job(listener(signal.SIGTERM, code=0)))
     node.ready()
