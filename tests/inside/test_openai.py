@@ -82,11 +82,3 @@ def test_a_request_gets_an_id_and_keeps_its_own() -> None:
     assert door._with_id(b'{"id": "mine"}') == ("mine", b'{"id": "mine"}')
     for other in (b"[1]", b"no", b""):
         assert door._with_id(other) == ("", other)
-
-
-def test_an_adapter_is_asked_by_its_name() -> None:
-    served = Served(name="m", target="ensemble", max_tokens=9, adapters=["stars"])
-    assert served.names == ("m", "stars")
-    assert openai.words_for({"model": "stars"}, "text", served, special=False)["lora_name"] == "stars"
-    assert "lora_name" not in openai.words_for({"model": "m"}, "text", served, special=False)
-    assert "lora_name" not in openai.words_for({}, "text", served, special=False)

@@ -15,8 +15,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 LAST = 1
 PROMPTS = [
     [5 + (7 * n + k) % 200 for k in range(length)] for n, length in enumerate((3, 70, 9, 30, 150, 12, 41, 5, 99))
@@ -45,6 +43,8 @@ class Request:
 
     def __init__(self, prompt: list[int], count: int, **more: Any) -> None:
         given = {"input_ids": prompt, "request_output_len": count, "streaming": True, **more}
+        import numpy as np
+
         self.inputs = {k: np.array([v], object if isinstance(v, bytes) else None) for k, v in given.items()}
         self.tokens: list[int] = []
         self.reason, self.error, self.left = "", "", False

@@ -5,6 +5,7 @@ The token comes on stdin. It runs in the image, which has the client.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -146,7 +147,8 @@ def stay(client: Client, prompt: str) -> dict[str, Any]:
     print("begun", flush=True)
     client.until(client.ended)
     found = {"reason": client.came[-1][1], "errors": list(client.errors)}
-    client.say(prompt)
+    with contextlib.suppress(InferenceServerException):  # the stream has been closed already: it is told below
+        client.say(prompt)
     client.until(lambda: bool(client.errors))
     found["then"] = client.errors[0]
     return found
