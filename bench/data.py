@@ -96,13 +96,13 @@ def _prepare(python: Path, folder: Path, name: str, config: Mapping[str, Any], r
 
 
 def _memory(session: int) -> float:
-    """MB that the processes of a session use, each page counted once."""
+    """MB of memory that the processes of a session use together, without the pages of files."""
     total = 0
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(path.name)) == session:
                 text = (path / "smaps_rollup").read_text()
-                total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:"))
+                total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss_Anon:"))
         except (OSError, ValueError):  # it has ended meanwhile
             continue
     return total / 1000

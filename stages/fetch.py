@@ -62,6 +62,12 @@ def check(config: FetchConfig) -> None:
     """UsageError for what can't be a source. Standard library."""
     from hpc.inside import fetching
 
+    names = [given.partition("#")[0].partition("@")[0].rstrip("/").rpartition("/")[2] for given in config.datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"fetch.datasets names two data sets '{name}'", hint="fetch one, or rename a file of yours"
+            )
     for given in (*config.datasets, *([config.model] if config.model is not None else [])):
         if fetching.is_url(given):
             fetching.url_of(given)

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -250,15 +251,17 @@ class Rate:
         self._there: dict[str, int] = {}
         self._first: dict[str, int] = {}
         self._begin = time.monotonic()
+        self._lock = threading.Lock()
 
     def of(self, file: str) -> Tell:
         """What to call as this file grows."""
 
         def tell(there: int) -> None:
-            self._first.setdefault(file, there)
-            self._there[file] = there
-            done = sum(self._there.values())
-            fetched = done - sum(self._first.values())
+            with self._lock:
+                self._first.setdefault(file, there)
+                self._there[file] = there
+                done = sum(self._there.values())
+                fetched = done - sum(self._first.values())
             rate = fetched / max(time.monotonic() - self._begin, 1e-3)
             total = max(self._total, done)
             left = f", {clock((total - done) / rate)} left" if rate > 0 and self._total else ""

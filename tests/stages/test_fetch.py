@@ -46,7 +46,13 @@ def tiny(hub: Hub, tiny_model: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "config",
-    [{"model": "gpt2"}, {"model": "https://a b"}, {"datasets": ("https://a.org/x#sha256=12",)}, {"datasets": ("x",)}],
+    [
+        {"model": "gpt2"},
+        {"model": "https://a b"},
+        {"datasets": ("https://a.org/x#sha256=12",)},
+        {"datasets": ("x",)},
+        {"datasets": ("a/faq", "b/faq@v2")},
+    ],
 )
 def test_check_refuses_what_can_be_no_source(config: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
