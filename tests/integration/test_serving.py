@@ -80,6 +80,8 @@ def lasting(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pa
         settings = ("serve.successors=1", "serve.handover_min=2", "serve.resources.time_min=3")
         project.hpc("submit", "serve", *(word for setting in settings for word in ("--set", setting)))
         yield project
+    places = ("squeue", "-h", "-u", "alice", "-o", "%Z")  # those that are ending, too: they write into the folder
+    until(lambda: str(folder) not in cluster.run("alice", *places).stdout, "its jobs have ended", 60)
     shutil.rmtree(folder, ignore_errors=True)
 
 
