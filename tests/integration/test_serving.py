@@ -81,6 +81,8 @@ def lasting(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pa
         settings = ("serve.successors=1", "serve.handover_min=2", "serve.resources.time_min=3")
         project.hpc("submit", "serve", *(word for setting in settings for word in ("--set", setting)))
         yield project
+    places = ("squeue", "-h", "-u", "alice", "-o", "%Z")  # those that are ending, too: they write into the folder
+    until(lambda: str(folder) not in cluster.run("alice", *places).stdout, "its jobs have ended", 60)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -730,9 +732,10 @@ def test_the_time_limit_lets_running_requests_finish(neighbour: Neighbour) -> No
     ends = said(neighbour.asking)["ends"]
     assert set(ends) == {"whole", "refused"}, ends
     assert ends["whole"] > 4
+    # the outcome is written when the end is asked for, and again at the end
+    until(lambda: "Triton has ended with exit code 0" in attempt.stdout.read_text(), "Triton ends by itself", 20)
     outcome = json.loads(attempt.outcome.read_text())
     assert outcome["state"] == "TIMEOUT", outcome
-    assert "Triton has ended with exit code 0" in attempt.stdout.read_text()
     assert [e["phase"] for e in rundir.last_events(attempt.events, 1 << 20)].count("ending") == 1
 
 
