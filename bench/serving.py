@@ -104,8 +104,6 @@ def _door(port: int, triton: int, rounds: int) -> Iterator[Line]:
         what=f"a whole request of {TOKENS} tokens, through the door, int4", ms=through,
         against="the same, to Triton itself", against_ms=direct, goal=DOOR,
     )  # fmt: skip
-    apart = [a - b for a, b in zip(through, direct, strict=True)]
-    yield Part(what="what the door takes", ms=[statistics.median(apart)])
 
 
 def _together(
