@@ -24,7 +24,7 @@ KNOWN = frozenset(
 CHINESE = ("zh-cn", "zh-tw")
 """langdetect tells these apart; the fast one says zh."""
 
-_GLANCE, _LOOK = 60, 600
+_GLANCE, _LOOK = 60, 300
 """A long text is judged by so many characters of its beginning and as many of its middle: first by a glance,"""
 _SURE = 0.8
 """and where that is less sure than this, by a longer look."""
