@@ -18,7 +18,7 @@ from hpc.core.site import Site
 from hpc.node import launch
 from hpc.node.enter import Job
 from hpc.node.inplace import InPlace
-from hpc.node.staging import Staging, target_of
+from hpc.node.staging import Staging, slots_of, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def staging_of(image: Environment, site: Site, scratch: str, cache: Path, uid: i
         source=image.path,
         sha256=image.digest,
         target=target_of(scratch, image.digest, uid),
-        slots=str(cache / "staging" / image.digest[:16]),
+        slots=str(slots_of(cache, image.digest)),
         readers=site.stage_readers,
         limit_gb=site.staged_gb,
     )

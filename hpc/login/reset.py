@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, UsageError
-from hpc.core.rundir import RunDir, StageDir
+from hpc.core.rundir import RunDir, StageDir, read_json, write_text
 from hpc.login import view
 from hpc.login.cancel import cancel
 from hpc.login.states import Scheduler, StageState, states
+from hpc.node.staging import again, slots_of
 
 _WAIT_S = 120
 """Slurm kills a job that does not end within its KillWait (30 s by default)."""
@@ -30,9 +32,11 @@ class Leftovers:
     run: RunDir
     jobs: Sequence[StageState]
     files: Sequence[Path]
+    images: Mapping[Path, str]
+    """Where the nodes are told to copy an image anew -> its name."""
 
     def __bool__(self) -> bool:
-        return bool(self.jobs or self.files)
+        return bool(self.jobs or self.files or self.images)
 
     def words(self) -> list[str]:
         """In words, before it is done."""
@@ -40,7 +44,8 @@ class Leftovers:
         for s in self.jobs:
             where = ", ".join(filter(None, (s.state, s.node, view.clock(s.elapsed_s) if s.elapsed_s else "")))
             lines.append(f"{s.run}/{s.stage}: job {s.job_id} is cancelled ({where})")
-        return [*lines, *(f"{path} is removed" for path in self.files)]
+        lines += [f"{path} is removed" for path in self.files]
+        return [*lines, *(f"the image {name} is copied to its node anew" for name in self.images.values())]
 
 
 def run(runs: Runs, stage: str | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -65,12 +70,30 @@ def run(runs: Runs, stage: str | None, options: argparse.Namespace) -> dict[str,
     if not options.json:
         print(f"{name}: {said}")
     cancelled = [{"stage": s.stage, "job_id": s.job_id} for s in left.jobs]
-    return {"run": left.run.id, "cancelled": cancelled, "removed": list(map(str, removed))}
+    images = sorted(set(left.images.values())) if said.startswith("reset") else []
+    return {"run": left.run.id, "cancelled": cancelled, "removed": list(map(str, removed)), "images": images}
 
 
 def _look(run: RunDir, rows: Sequence[StageState]) -> Leftovers:
     files = [path for s in rows if not s.active for path in _left(run.stage(s.stage))]
-    return Leftovers(run, [s for s in rows if s.active], files)
+    images = dict(filter(None, (_staged(run.stage(s.stage)) for s in rows)))
+    return Leftovers(run, [s for s in rows if s.active], files, images)
+
+
+def _staged(folder: StageDir) -> tuple[Path, str] | None:
+    """Where to ask for a new copy of the stage's image, and its name; None where it had none since this was asked."""
+    document = read_json(folder.config) or {}
+    image = document.get("environment", {})
+    last = max(folder.path.glob("attempt-*/launch.json"), key=lambda path: path.stat().st_mtime, default=None)
+    if image.get("kind") != "sif" or last is None:
+        return None
+    argv = (read_json(last) or {}).get("argv", [])
+    if not any(str(word).endswith(f"/{image['digest']}.sif") for word in argv):
+        return None  # it was started from where it lies
+    asked = again(slots_of(Path(document["cache"]), image["digest"]))
+    if asked.exists() and asked.stat().st_mtime >= last.stat().st_mtime:
+        return None
+    return asked, image["name"]
 
 
 def _agreed(options: argparse.Namespace) -> bool:
@@ -92,6 +115,9 @@ def _reset(left: Leftovers, asked: Mapping[str, Any]) -> list[Path]:
     removed = [*left.files, *(path for name in names for path in _left(left.run.stage(name)))]
     for path in removed:
         path.unlink(missing_ok=True)
+    for path in left.images:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, secrets.token_hex(8))
     return removed
 
 

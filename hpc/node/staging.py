@@ -61,6 +61,25 @@ class Staging:
     limit_gb: int
     """Staged images of one user on one node, GiB; the longest unused go first."""
 
+    @property
+    def asked(self) -> str:
+        """What the last `hpc reset` left for the nodes: a copy that knows another word is made anew."""
+        if not self.slots:
+            return ""
+        with suppress(FileNotFoundError):
+            return again(Path(self.slots)).read_text(encoding="utf-8")
+        return ""
+
+
+def slots_of(cache: Path, sha256: str) -> Path:
+    """The folder on the shared file system with the turns of an image's readers."""
+    return cache / "staging" / sha256[:16]
+
+
+def again(slots: Path) -> Path:
+    """The word of `hpc reset` for the nodes' copies of an image."""
+    return slots.with_suffix(".again")
+
 
 def target_of(scratch: str, sha256: str, uid: int) -> str:
     """Where the image lies on the node; known before the job runs."""
@@ -87,11 +106,14 @@ def staged(wish: Staging, tell: Tell = lambda done, total, rate: None) -> Iterat
     target = Path(wish.target)
     _own_folder(target.parent)
     with open(target.with_suffix(".lock"), "a") as lock:
+        asked = wish.asked
+        if _whole(target) and not _whole(target, asked):
+            _forget(target)
         _lock(lock, fcntl.LOCK_SH, tell)
         while not _whole(target):
             _lock(lock, fcntl.LOCK_EX, tell)
             if not _whole(target):  # nobody made it while we waited
-                _copy(wish, target, tell)
+                _copy(wish, asked, target, tell)
             _lock(lock, fcntl.LOCK_SH, tell)  # not atomic: another may have removed it in between, so look again
         with suppress(OSError):
             os.utime(target.with_suffix(".json"))  # the time of last use
@@ -120,11 +142,14 @@ def _own_folder(folder: Path) -> None:
             )
 
 
-def _whole(target: Path) -> bool:
-    """True where the copy is there and has not been touched since it was made (its ctime cannot be set back)."""
+def _whole(target: Path, asked: str | None = None) -> bool:
+    """True where the copy is there and has not been touched since it was made (its ctime cannot be set back).
+
+    `asked`: and is no older than that word of `hpc reset`.
+    """
     made = rundir.read_json(target.with_suffix(".json"))
     try:
-        return made is not None and made["stat"] == _stat(target)
+        return made is not None and made["stat"] == _stat(target) and asked in (None, made.get("asked", ""))
     except FileNotFoundError:
         return False
 
@@ -134,7 +159,7 @@ def _stat(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _copy(wish: Staging, target: Path, tell: Tell) -> None:
+def _copy(wish: Staging, asked: str, target: Path, tell: Tell) -> None:
     source = Path(wish.source)
     part = target.with_suffix(".part")
     with suppress(FileNotFoundError):
@@ -166,7 +191,8 @@ def _copy(wish: Staging, target: Path, tell: Tell) -> None:
             hint="if it was replaced on purpose, submit again; else restore or rebuild it",
         )
     os.rename(part, target)
-    rundir.write_text(target.with_suffix(".json"), json.dumps({"stat": _stat(target), "source": wish.source}))
+    made = {"stat": _stat(target), "source": wish.source, "asked": asked}
+    rundir.write_text(target.with_suffix(".json"), json.dumps(made))
 
 
 def _waiting(size: int, tell: Tell) -> Callable[[], bool]:
@@ -261,7 +287,7 @@ def _make_room(folder: Path, size: int, limit: int) -> None:
         used = sum(p.stat().st_size for p in folder.glob("*.sif"))
         if used + size <= limit and _free(folder) >= size + _SPARE:
             return
-        _remove_unused(candidate.with_suffix(".sif"))
+        _forget(candidate.with_suffix(".sif"))
     if _free(folder) < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -271,7 +297,8 @@ def _free(folder: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def _remove_unused(image: Path) -> None:
+def _forget(image: Path) -> None:
+    """Remove a copy, unless a job runs from it."""
     with open(image.with_suffix(".lock"), "a") as lock, suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         image.with_suffix(".json").unlink(missing_ok=True)

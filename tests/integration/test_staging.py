@@ -62,6 +62,10 @@ def test_first_job_stages_the_image_and_the_next_finds_it(staging: Project, scra
     (copy,) = scratch.glob("hpc-*/images/*.sif")
     assert str(copy) in launch["argv"]
     assert copy.read_bytes() == (staging.folder / "own.sif").read_bytes()
+    assert "the image train is copied to its node anew" in staging.hpc("reset", "first-2", "--yes").stderr
+    assert "nothing to reset" in staging.hpc("reset", "first-2", "--yes").stdout
+    staging.hpc("submit", "first", "--set", "first.message=anew", "--wait")
+    assert "staging" in phases(staging, "first-3")
 
 
 @pytest.mark.parametrize("site", ["staging", "own_image"], ids=["staged", "in-place"])

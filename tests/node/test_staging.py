@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -344,9 +346,29 @@ def test_an_image_is_kept_while_a_job_that_waited_for_it_runs(source: Path, tmp_
     thread = threading.Thread(target=use)
     thread.start()
     assert inside.wait(10)
-    staging._remove_unused(Path(asked.target))
+    staging._forget(Path(asked.target))
     assert Path(asked.target).exists()
     leave.set()
     thread.join()
-    staging._remove_unused(Path(asked.target))
+    staging._forget(Path(asked.target))
     assert not Path(asked.target).exists()
+
+
+def test_a_reset_has_the_copy_made_anew_once_unless_a_job_runs_from_it(source: Path, tmp_path: Path) -> None:
+    asked = replace(wish(source, tmp_path), slots=str(tmp_path / "shared" / "slots"))
+    (tmp_path / "shared").mkdir()
+
+    def made() -> int:
+        with staged(asked) as path:
+            return path.stat().st_ino
+
+    first = made()
+    staging.again(Path(asked.slots)).write_text("one")
+    with open(Path(asked.target).with_suffix(".lock")) as lock:  # a job that runs from it
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert made() == first
+    keep = os.open(asked.target, os.O_RDONLY)  # so that its number is not given to the next one
+    second = made()
+    os.close(keep)
+    assert second != first
+    assert made() == second
