@@ -355,8 +355,8 @@ def test_an_image_is_kept_while_a_job_that_waited_for_it_runs(source: Path, tmp_
 
 
 def test_a_reset_has_the_copy_made_anew_once_unless_a_job_runs_from_it(source: Path, tmp_path: Path) -> None:
-    asked = replace(wish(source, tmp_path), slots=str(tmp_path / "shared" / "slots"))
-    (tmp_path / "shared").mkdir()
+    asked = replace(wish(source, tmp_path), slots=str(tmp_path / "turns" / "slots"))
+    (tmp_path / "turns").mkdir()
 
     def made() -> int:
         with staged(asked) as path:
