@@ -264,6 +264,7 @@ def _images(images: argparse.ArgumentParser) -> None:
     stage.add_argument("-p", "--partition", metavar="NAME", help="(default: the site's)")
     stage.add_argument("-w", "--wait", action="store_true", help="wait for the end, with progress; say how each ended")
     made["verify"].add_argument("names", nargs="*", metavar="NAME", help="some images (default: all in the folder)")
+    made["verify"].add_argument("--engine", metavar="FOLDER", help="an engine: can the image (or these) run it?")
     made["verify"].add_argument("--key", metavar="FILE", help="a public key in PEM (default: the site's verify_key)")
 
 

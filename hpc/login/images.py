@@ -11,9 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hpc.core import imagelock
+from hpc.core import imagelock, passport
+from hpc.core import stage as stages
 from hpc.core.digest import sha256
 from hpc.core.errors import HpcError, Interrupted, NotFound, UsageError, VerificationFailed, did_you_mean
+from hpc.core.passport import Passport
 from hpc.login import making, recipes, venvs, view
 from hpc.login.facts import container_program, environment_paths, expand
 from hpc.login.making import Maker
@@ -135,7 +137,9 @@ def _sign(options: argparse.Namespace, settings: Settings) -> Answer:
 
 def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
     folder = _folder(options, settings)
-    chosen = [_image(n, options, settings) for n in options.names] if options.names else list(_sifs(folder))
+    engine = passport.read(Path(options.engine)) if options.engine else None
+    names = options.names or ([_serving(engine)] if engine else [])
+    chosen = [_image(n, options, settings) for n in names] if names else list(_sifs(folder))
     demanded = settings.site.verify_key
     key = settings.project.root / expand(demanded) if demanded else None
     if options.key:
@@ -145,6 +149,8 @@ def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
         problem = ""
         try:
             _check(image, key, settings)
+            if engine is not None:
+                _fits(engine, image)
         except VerificationFailed as error:
             problem = f"{error.message}; try: {error.hint}"
         lock = imagelock.read(image)
@@ -154,6 +160,18 @@ def _verify(options: argparse.Namespace, settings: Settings) -> Answer:
         if not options.json:
             print(problem or f"{image}: {'ok, signed' if key else 'ok'}", flush=True)
     return {"images": rows, "exit_code": 0 if all(row["ok"] for row in rows) else VerificationFailed.exit_code}
+
+
+def _serving(engine: Passport) -> str:
+    """The environment that serves such an engine."""
+    serve = stages.load("serve")
+    return serve.environment(serve.config(engine=engine.engine))
+
+
+def _fits(engine: Passport, image: Path) -> None:
+    """VerificationFailed where the image's record says that it cannot run the engine."""
+    lock = imagelock.read(image)
+    passport.refuse(engine, image=lock.sha256 if lock else "", versions=lock.told() if lock else {})
 
 
 def _stage(options: argparse.Namespace, settings: Settings) -> Answer:

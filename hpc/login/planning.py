@@ -167,7 +167,7 @@ def make(
 
     `only`: these stages in place of those asked for; `over`: settings above all others.
     """
-    settings = load(locate(), target=options.target, site=options.site, flags=[*_flags(options), *over])
+    settings = load(locate(), target=options.target, site=options.site, flags=[*flags(options), *over])
     wanted = list(only) or _wanted(options, settings)
     facts = MachineFacts(settings, say)
     try:
@@ -190,7 +190,8 @@ def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:
     return [p.name for p in work.todo if p.planned.stage.network]
 
 
-def _flags(options: argparse.Namespace) -> list[Layer]:
+def flags(options: argparse.Namespace) -> list[Layer]:
+    """What the options of `plan` and `submit` set, over all other settings."""
     layers = [Layer(f"--set {text}", assignment(text)) for text in options.assignments]
     if getattr(options, "auto", False):
         layers.append(Layer("--auto", {"build": {"auto": True}}))

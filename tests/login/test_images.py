@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from hpc.core import imagelock
+from hpc.core import imagelock, passport
 from hpc.core.digest import Digests, sha256
 from hpc.core.errors import RuntimeUnavailable, UsageError, VerificationFailed
 from hpc.core.imagelock import ImageLock
+from hpc.core.passport import Passport
 from hpc.core.site import Site
 from hpc.login import cli, making, recipes, venvs
 from hpc.login.facts import MachineFacts, container_program
@@ -244,6 +245,23 @@ def test_verify_is_6_and_names_both_digests(project: Path, capsys: pytest.Captur
     assert sha256(bad) in said
     rows = told(capsys, "verify")["images"]
     assert {Path(r["path"]).stem: r["ok"] for r in rows} == {"good": True, "bad": False}
+
+
+def test_an_engine_that_an_image_cannot_run_is_6(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(project / "images" / "serve-cpu.sif", versions={"onnxruntime-genai": "0.9.0"})
+    engine = Passport(
+        engine="onnxruntime_genai", model="m", architecture="LlamaForCausalLM", image="other", dtype="float32",
+        versions={"onnxruntime-genai": "0.10.0"}, max_batch_size=8, max_input_len=100, max_seq_len=200,
+    )  # fmt: skip
+    (project / "engine").mkdir()
+    passport.write(project / "engine", engine)
+    asked = ["images", "verify", "--engine", str(project / "engine")]
+    assert cli.main(asked) == 6
+    assert "built with onnxruntime-genai 0.10.0, and the image has the older 0.9.0" in capsys.readouterr().out
+    record(project / "images" / "serve-cpu.sif", versions={"onnxruntime-genai": "0.10.0"})
+    assert cli.main(asked) == 0
+    assert cli.main(["images", "verify", "--engine", str(project)]) == 6
+    assert "is no engine of hpc's" in capsys.readouterr().err
 
 
 def test_verifying_an_image_that_nothing_is_known_of_is_6(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

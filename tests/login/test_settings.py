@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import UsageError
+from hpc.login import cli, planning
 from hpc.login.settings import Layer, Settings, assignment, environment, load, locate, site_names
 
 Load = Callable[..., Settings]
@@ -388,3 +389,8 @@ def test_account_that_is_a_number_is_text(settings: Load) -> None:
 def test_wrong_resource_names_the_file_though_a_flag_sets_another(settings: Load) -> None:
     error = refusal(settings, "[finetune]\nresources = { mem_gbb = 1 }", "finetune.resources.time_min=5")
     assert "hpc.toml: finetune.resources has no setting 'mem_gbb'" in error.message
+
+
+def test_auto_on_the_command_line_is_build_auto() -> None:
+    options = cli.parser().parse_args(["plan", "build", "--auto"])
+    assert planning.flags(options)[-1] == Layer("--auto", {"build": {"auto": True}})
