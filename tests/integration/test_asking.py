@@ -47,7 +47,7 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator[Two]:
+def two(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, base_sif: Path) -> Iterator[Two]:
     folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
     shutil.chown(folder, "alice", "alice")
     made = Laptop(cluster, folder, hpc_install)
@@ -55,10 +55,13 @@ def two(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path) -> Iterator[Tw
     made.write("sites/slurm-test.toml", SITE.format(images=serve_cpu_sif.parent))
     made.write(
         "hpc.toml",
-        f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\n[pipeline]\nstages = ["build", "serve"]\n'
+        f'site = "slurm-test"\n[environments]\nserve-cpu = "{serve_cpu_sif}"\ntrain = "{base_sif}"\n'
+        f'[pipeline]\nstages = ["build", "serve"]\n'
         f'[build]\nengine = "onnxruntime_genai"\nmodel = "{hf}"\n'
         "[build.resources]\ncpus_per_task = 1\nmem_gb = 3\ntime_min = 10\n"
-        '[serve]\nname = "tiny"\n[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 15\n',
+        '[serve]\nname = "tiny"\n[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 15\n'
+        '[generate]\nprompts = ["prompts.txt"]\ntemperature = 0.0\neval_share = 0.0\nmax_tokens = 90\n'
+        "[generate.resources]\ncpus_per_task = 1\nmem_gb = 1\n",
     )
     made.write("bin/hpc", f'#!/bin/sh\nXDG_STATE_HOME={folder}/state exec {hpc_install}/bin/hpc "$@"\n').chmod(0o755)
     made.write("tmp/x", "").unlink()
@@ -282,3 +285,19 @@ def test_all_three_from_the_laptop(two: Two) -> None:
     opened.ends(2)
     gone = laptop.here("query", QUESTION, "--url", url)
     assert (gone.returncode, "no token" in gone.stderr) == (2, True), gone.stderr
+
+
+# ---- generate
+
+
+def test_its_answers_become_a_data_set(two: Two) -> None:
+    two.laptop.write("prompts.txt", f"{QUESTION}\n{'too long ' * 300}\n")
+    asked = ("submit", "generate", "--set", f"generate.endpoint=runs/{two.fp32.run}/serve", "--wait")
+    run = two.laptop.json(*asked)["run"]
+    folder = two.laptop.folder / "runs" / run / "generate" / "out" / "dataset"
+    (row,) = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    assert [message["content"] for message in row["messages"]] == [QUESTION, TEXT]
+    (dropped,) = map(json.loads, (folder / "dropped.jsonl").read_text().splitlines())
+    assert dropped["reason"] == "the service refused the request"
+    assert json.loads((folder / "provenance.json").read_text())["models"] == ["tiny"]
+    assert "nothing to do for generate" in two.laptop.hpc(*asked).stdout
