@@ -337,7 +337,8 @@ def _rows(rows: Sequence[StageState]) -> dict[str, Any]:
 
 
 def _chatter(text: str) -> None:
-    print(text, file=sys.stderr)
+    with suppress(BrokenPipeError):  # `hpc submit 2>&1 | head`: what is said beside the work does not end it
+        print(text, file=sys.stderr, flush=True)
 
 
 def _print_json(schema: str, **fields: Any) -> None:

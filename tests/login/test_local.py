@@ -216,6 +216,15 @@ def test_until_stops_there_and_from_needs_what_is_before(finished: Local) -> Non
     assert "--from second: first is needed and not done with these settings" in refused.stderr
 
 
+def test_a_reader_that_leaves_does_not_take_the_jobs_along(local: Local) -> None:
+    left, pipe = os.pipe()
+    os.close(left)
+    argv = [sys.executable, "-W", "error", "-m", "hpc", "submit", "pipeline"]
+    subprocess.run(argv, cwd=local.folder, env=local.env(), stdout=pipe, stderr=pipe, timeout=60)
+    os.close(pipe)
+    until(lambda: set(local.states().values()) == {"COMPLETED"}, "completed")
+
+
 # ---- ends that are not good
 
 
