@@ -1,6 +1,7 @@
-"""The benchmarks: run.py [NAME...] [--runs N] [--json]
+"""The benchmarks: run.py [NAME...] [--runs N] [--json] [--write]
 
-Without a name: all, and docs/benchmarks.md gets the table. Exit code 1 where a goal is missed.
+Without a name: all, and docs/benchmarks.md gets their tables; with --write those of the named ones. Each table has the
+day, the machine and the load of its own run. Exit code 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from measure import HEADINGS, Line, NotMeasured, Skipped
 
@@ -26,7 +29,23 @@ NAMES = (
     "merge", "serving",
 )  # fmt: skip
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One benchmark as it was measured."""
+
+    name: str
+    machine: str
+    lines: Sequence[Line]
+
+    @property
+    def whole(self) -> bool:
+        return not any(isinstance(line, Skipped) for line in self.lines)
+
+    def text(self) -> str:
+        return f"{self.machine}.\n\n{table(self.lines)}\n"
 
 
 def main() -> int:
@@ -34,20 +53,31 @@ def main() -> int:
     asked.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     asked.add_argument("--runs", type=int, metavar="N", help="pairs of processes or jobs (default: each its own)")
     asked.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    asked.add_argument("--write", action="store_true", help="the tables of the named ones into docs/benchmarks.md too")
     options = asked.parse_args()
     if unknown := set(options.names) - {*NAMES}:
         asked.error(f"there is no {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}")
-    head = machine()
-    found = [line for name in options.names or NAMES for line in measured(name, options.runs)]
-    head += f"; load {os.getloadavg()[1]:.1f} at the end"
+    runs = []
+    for name in options.names or NAMES:
+        runs.append(run(name, options.runs))
+        if (options.write or not options.names) and runs[-1].whole:
+            write(runs[-1])
     if options.json:
-        lines = [{"kind": type(line).__name__.lower(), **asdict(line), "met": line.met} for line in found]
-        print(json.dumps({"schema": "hpc.benchmarks/1", "machine": head, "lines": lines}, ensure_ascii=False, indent=1))
+        told = [{"name": r.name, "machine": r.machine, "lines": list(map(document, r.lines))} for r in runs]
+        print(json.dumps({"schema": "hpc.benchmarks/2", "benchmarks": told}, ensure_ascii=False, indent=1))
     else:
-        print(head, "", table(found), sep="\n")
-    if not options.names:
-        write(head, found)
-    return 1 if any(line.met is False for line in found) else 0
+        print(*(f"{r.name}: {r.text()}" for r in runs), sep="\n")
+    return 1 if any(line.met is False for r in runs for line in r.lines) else 0
+
+
+def run(name: str, rounds: int | None) -> Run:
+    head = machine()
+    lines = list(measured(name, rounds))
+    return Run(name, f"{head}; load {os.getloadavg()[0]:.1f} at the end", lines)
+
+
+def document(line: Line) -> dict[str, Any]:
+    return {"kind": type(line).__name__.lower(), **asdict(line), "met": line.met}
 
 
 def measured(name: str, rounds: int | None) -> Iterator[Line]:
@@ -68,7 +98,7 @@ def machine() -> str:
     for argv in (["sinfo", "--version"], ["apptainer", "--version"]):
         if shutil.which(argv[0]):
             versions.append(subprocess.run(argv, capture_output=True, text=True).stdout.strip())
-    load = f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} at the start"
+    load = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     parts = (time.strftime("%Y-%m-%d"), platform.platform(), f"Python {platform.python_version()}", *versions, load)
     return ", ".join(parts)
 
@@ -82,15 +112,15 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join([texts[0], rule, *texts[1:]])
 
 
-def write(head: str, lines: Sequence[Line]) -> None:
-    """Put the table between the two marks of the document; nothing where a part of it is missing."""
-    if any(isinstance(line, Skipped) for line in lines):
-        print(f"{DOCUMENT.name} is left as it is: not everything was measured", file=sys.stderr)
-        return
+def write(one: Run) -> None:
+    """Put its table into the document, in place of the one that is there."""
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{head}.\n\n{table(lines)}\n{END}{after}", encoding="utf-8")
-    print(f"docs/{DOCUMENT.name} is written", file=sys.stderr)
+    inside, _, after = rest.partition(END)
+    there = dict(re.findall(r"^### `(\w+)`\n\n(.*?)(?=^###|\Z)", inside, re.MULTILINE | re.DOTALL))
+    there[one.name] = f"{one.text()}\n"
+    texts = "".join(f"### `{name}`\n\n{there[name]}" for name in NAMES if name in there)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{texts}{END}{after}", encoding="utf-8")
+    print(f"docs/{DOCUMENT.name} is written: {one.name}", file=sys.stderr)
 
 
 if __name__ == "__main__":
