@@ -48,12 +48,15 @@ train() {  # only the files that have such tests: the others import what this en
     local files
     make --no-print-directory train-env || { broken train "no environment"; return; }
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.train' tests)
-    ring train .venvs/train/bin/python -m "train and not integration" "${files[@]}"
+    # the models are tiny: two tests on a thread each are faster than one on two
+    export OMP_NUM_THREADS=1
+    ring train .venvs/train/bin/python -n 2 -m "train and not integration" "${files[@]}"
     if .venvs/train/bin/python tools/venv.py .venvs/train-old tests/requirements-train-old.txt --on .venvs/train; then
-        ring "train, old libraries" .venvs/train-old/bin/python -m "generations" "${files[@]}"
+        ring "train, old libraries" .venvs/train-old/bin/python -n 2 -m "generations" "${files[@]}"
     else
         broken "train, old libraries" "no environment"
     fi
+    unset OMP_NUM_THREADS
 }
 
 integration() {  # its fixtures bring up the cluster and build the images

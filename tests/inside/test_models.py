@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,30 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.train
-def test_two_processes_may_convert_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_second_waits_for_the_first_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    begun: list[Path] = []
+
+    def convert(file: Path, target: Path) -> None:
+        begun.append(target)
+        time.sleep(0.5)
+        (target / "config.json").touch()
+
+    monkeypatch.setattr(models, "_dequantise", convert)
+    with ThreadPoolExecutor(3) as pool:  # a lock belongs to who opened the file: threads wait as processes do
+        made = set(pool.map(models.local, [str(tmp_path / "tiny.gguf")] * 3, [tmp_path / "cache"] * 3))
+    assert (len(made), len(begun)) == (1, 1)
+
+
+def _no_locks(*_: object) -> None:
+    raise OSError("Function not implemented")
+
+
+@pytest.mark.train
+def test_two_may_convert_at_once_where_a_file_system_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.fcntl, "flock", _no_locks)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     done: list[Path] = []
 

@@ -92,19 +92,20 @@ GRPCING = (Path(__file__).parents[1] / "support" / "grpcing.py").read_text()
 
 
 def make_model(cluster: Cluster, image: Path, folder: Path) -> Path:
-    """folder/hf, made as alice in the image: once for all files of tests."""
-    kept = cluster.dir / f"tiny-{hashlib.sha256(MODEL.encode()).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(cluster.dir / "tiny.lock", "w") as lock:
+    """folder/hf, and its adapters beside it, made as alice in the image: once for all files of tests."""
+    kept = cluster.dir / f"made-{hashlib.sha256(MODEL.encode()).hexdigest()[:12]}"
+    with open(cluster.dir / "made.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "model.py").write_text(MODEL)
-            shutil.chown(folder, "alice", "alice")
+            for path in (folder, folder / "model.py"):
+                shutil.chown(path, "alice", "alice")
             inside = ("srun", "-c2", "apptainer", "-s", "exec", str(image), "python3")
             cluster.run("alice", *inside, "model.py", cwd=folder, timeout=300)
-            shutil.copytree(folder / "hf", kept.with_suffix(".part"), dirs_exist_ok=True)
+            shutil.copytree(folder, kept.with_suffix(".part"), dirs_exist_ok=True)
             kept.with_suffix(".part").rename(kept)
-    shutil.copytree(kept, folder / "hf", dirs_exist_ok=True)
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
     for path in (folder, *folder.rglob("*")):
         shutil.chown(path, "alice", "alice")
     return folder / "hf"
