@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -42,6 +43,25 @@ def test_notebook_holds_no_results(path: Path) -> None:
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
         ast.parse(source(cell))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_what_a_notebook_calls_of_ours_is_there(path: Path) -> None:
+    tree = ast.parse("\n".join(map(source, cells(path))))
+    ours = {
+        alias.asname or alias.name: importlib.import_module(f"{node.module}.{alias.name}")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("hpc", "stages"))
+        for alias in node.names
+        if importlib.util.find_spec(f"{node.module}.{alias.name}")
+    }
+    used = [
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
+    ]
+    assert used
+    assert [(name, word) for name, word in used if not hasattr(ours[name], word)] == []
 
 
 @pytest.fixture(scope="module")
