@@ -124,16 +124,16 @@ def _fact(what: str, seconds: float, goal_s: float) -> Fact:
 
 @contextmanager
 def _tunnel(here: Ground) -> Iterator[queue.Queue[tuple[str, float]]]:
-    """The addresses that it shows, each with the time."""
+    """What it shows when it leads there: the address, and after a requeue that it does again; each with the time."""
     shown: queue.Queue[tuple[str, float]] = queue.Queue()
     process = here.cluster.popen(
         USER, here.hpc, "tunnel", "--via", f"login:{here.folder}", "pour", node="laptop", env={"HPC_REMOTE": here.hpc},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
     def read() -> None:
         for line in process.stdout:
-            if line.startswith("http"):
+            if line.startswith("http") or " is ready again on " in line:
                 shown.put((line.strip(), time.time()))
 
     threading.Thread(target=read, daemon=True).start()
