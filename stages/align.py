@@ -135,7 +135,7 @@ def check(config: AlignConfig) -> None:
 
 def run(config: AlignConfig, ctx: Context) -> None:
     """Train, and write the adapter; without an output where the scheduler asked to stop."""
-    from hpc.inside import models, recipe, trainers
+    from hpc.inside import models, recipe, trainers, watching
 
     models.settle()
     ctx.progress(0, 1, "loading the base model")
@@ -157,7 +157,7 @@ def run(config: AlignConfig, ctx: Context) -> None:
         keep=config.keep_checkpoints,
         processing_class=tokenizer,
         peft_config=None if before is not None else recipe.adapter(config),
-        callbacks=[_watcher(ctx)],
+        callbacks=[watching.watcher(ctx)],
     )
     recipe.trained_in_full(trainer.model)
     if _train(trainer, ctx):
@@ -204,54 +204,11 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
 
 
 def _arguments(config: AlignConfig, dtype: str, ctx: Context) -> Mapping[str, Any]:
-    """DPOConfig's values, by the names of its newest generation."""
-    import torch
+    """DPOConfig's values."""
+    from hpc.inside import recipe
 
-    from hpc.inside import trainers
-
-    gpu = torch.cuda.is_available()
-    return {
-        **trainers.spread("none", gradient_checkpointing=config.gradient_checkpointing, gpu=gpu),
-        "output_dir": str(ctx.checkpoints),
-        "beta": config.beta,
-        "loss_type": config.loss,
-        "label_smoothing": config.label_smoothing,
-        "max_length": config.max_length,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler,
-        "warmup_steps": config.warmup_ratio,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.grad_accum,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
-        "optim": config.optim,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "seed": config.seed,
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "save_steps": config.save_steps,
-        "save_total_limit": None,  # the trainer keeps the last ones itself
-        "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,  # else a loss of NaN is shown as the last good one
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
-
-
-def _watcher(ctx: Context) -> Any:
-    from hpc.inside import curves, models, watching
-
-    def begun() -> curves.Curves:
-        found = models.checkpoints(ctx.checkpoints)
-        return curves.Curves(ctx.folder / curves.FOLDER, models.step_of(found[0]) if found else 0)
-
-    return watching.watcher(ctx, begun)
+    own = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    return {**recipe.common(config, dtype, ctx), **own}
 
 
 def _train(trainer: Any, ctx: Context) -> bool:

@@ -158,7 +158,7 @@ def check(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig, ctx: Context) -> None:
     """Train, and write the adapter (or model); without an output where the scheduler asked to stop."""
-    from hpc.inside import conversations, heldout, models, packing, recipe, trainers
+    from hpc.inside import conversations, heldout, models, packing, recipe, trainers, watching
 
     models.settle()
     trainers.need(config.report_to)
@@ -198,7 +198,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         data_collator=batches,
         processing_class=tokenizer,
         peft_config=None if config.method == "full" else recipe.adapter(config),
-        callbacks=[_watcher(ctx)],
+        callbacks=[watching.watcher(ctx)],
     )
     recipe.trained_in_full(trainer.model)
     try:
@@ -228,16 +228,6 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
             hint="raise finetune.max_length, or prepare more data",
         )
     return rows
-
-
-def _watcher(ctx: Context) -> Any:
-    from hpc.inside import curves, models, watching
-
-    def begun() -> curves.Curves:
-        found = models.checkpoints(ctx.checkpoints)
-        return curves.Curves(ctx.folder / curves.FOLDER, models.step_of(found[0]) if found else 0)
-
-    return watching.watcher(ctx, begun)
 
 
 def _before(

@@ -61,15 +61,14 @@ def trained_in_full(model: Any) -> None:
             weight.data = weight.data.float()
 
 
-def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
-    """SFTConfig's values, by the names of its newest generation."""
+def common(config: Any, dtype: str, ctx: Context, sharding: str = "none") -> dict[str, Any]:
+    """What TRL's configs of both stages have alike, by the names of their newest generation."""
     import torch
 
     gpu = torch.cuda.is_available()
-    checkpointing = config.gradient_checkpointing and config.sharding != "fsdp"  # FSDP has its own
-    shared = trainers.spread(config.sharding, gradient_checkpointing=config.gradient_checkpointing, gpu=gpu)
+    checkpointing = config.gradient_checkpointing and sharding != "fsdp"  # FSDP has its own
     return {
-        **shared,
+        **trainers.spread(sharding, gradient_checkpointing=config.gradient_checkpointing, gpu=gpu),
         "output_dir": str(ctx.checkpoints),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler,
@@ -81,8 +80,6 @@ def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
         "gradient_accumulation_steps": config.grad_accum,
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
-        "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
-        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
         "max_length": config.max_length,
         "optim": config.optim,
         "weight_decay": config.weight_decay,
@@ -92,15 +89,25 @@ def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
         "fp16": dtype == "float16",
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
-        "torch_compile": config.compile,
-        "save_strategy": "steps" if config.save_steps else "epoch",
         "save_steps": config.save_steps or 1,
         "save_total_limit": None,  # the trainer keeps the last ones itself
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,  # else a loss of NaN is shown as the last good one
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
+    """SFTConfig's values."""
+    return {
+        **common(config, dtype, ctx, config.sharding),
+        "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
+        "torch_compile": config.compile,
+        "save_strategy": "steps" if config.save_steps else "epoch",
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
-        "disable_tqdm": True,
         "report_to": list(config.report_to) or "none",
     }
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hpc.core.errors import HpcError
 from hpc.core.stage import Context
-from hpc.inside import heldout, together
-from hpc.inside.curves import Curves
+from hpc.inside import heldout, models, together
+from hpc.inside.curves import FOLDER, Curves
 
 _SHOWN = ("loss", "learning_rate", "grad_norm")
 
 
-def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
-    """The callback; `curves` gives what is written to, once the training has begun."""
+def watcher(ctx: Context) -> Any:
+    """The callback; the curves begin with the training, after the checkpoint that it goes on from."""
     from transformers import TrainerCallback
 
     class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -42,7 +42,7 @@ def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
                 self.seen = {name: logs[name] for name in _SHOWN if name in logs}
                 ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
             if together.rank() == 0 and not {"train_loss", "train_runtime"} & set(logs):
-                self.curves = self.curves or curves()
+                self.curves = self.curves or _curves(ctx)
                 self.curves.write(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
 
         def on_prediction_step(self, *_: Any, **__: Any) -> None:
@@ -50,3 +50,8 @@ def watcher(ctx: Context, curves: Callable[[], Curves]) -> Any:
                 raise heldout.StopError
 
     return Watcher()
+
+
+def _curves(ctx: Context) -> Curves:
+    found = models.checkpoints(ctx.checkpoints)
+    return Curves(ctx.folder / FOLDER, models.step_of(found[0]) if found else 0)

@@ -43,7 +43,7 @@ SHELLS = [shell for shell in ("sh", "bash", "dash", "tcsh", "zsh", "fish") if sh
         ("login", Place("login")),
         ("kim@login", Place("kim@login")),
         ("kim@portal@login:p", Place("kim@portal@login", "p")),
-        ("login:/work/a b:c", Place("login", "/work/a b:c")),
+        ("login:/shared/a b:c", Place("login", "/shared/a b:c")),
         ("login:~", Place("login")),
         ("login:~/lab", Place("login", "lab")),
         ("[2001:db8::1]:lab", Place("2001:db8::1", "lab")),
