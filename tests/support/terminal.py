@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import select
@@ -22,6 +23,7 @@ class Terminal:
         self.process = start(stdin=other, stdout=other, stderr=other)
         os.close(other)
         self.text = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end inside a character
 
     def until(self, word: str, timeout: float = 30) -> str:
         """All that was shown until the word came; it is not looked at again."""
@@ -55,4 +57,4 @@ class Terminal:
 
     def _read(self) -> None:
         if select.select([self._own], [], [], 0.2)[0]:
-            self.text += os.read(self._own, 4096).decode(errors="replace")
+            self.text += self._decode(os.read(self._own, 4096))
