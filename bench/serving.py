@@ -58,7 +58,8 @@ def lines(rounds: int) -> Iterator[Line]:
             with ExitStack() as stack:
                 port, triton = stack.enter_context(_served(python, folder / precision))
                 bare = stack.enter_context(_bare(python, folder / precision))
-                yield from _alone(precision, port, bare, rounds)
+                every = stack.enter_context(_bare(python, folder / precision, len(os.sched_getaffinity(0))))
+                yield from _alone(precision, port, bare, every, rounds)
                 if precision == "int4":
                     yield from _door(port, triton, 4 * rounds)
                 plain = stack.enter_context(_plain(python, folder / "hf"))
@@ -83,8 +84,10 @@ def _planned() -> Line:
     )
 
 
-def _alone(precision: str, port: int, bare: Callable[[str], Took], rounds: int) -> Iterator[Line]:
-    """One request after the other."""
+def _alone(
+    precision: str, port: int, bare: Callable[[str], Took], every: Callable[[str], Took], rounds: int
+) -> Iterator[Line]:  # fmt: skip
+    """One request after the other: against the loop as its examples have it, and against one with all the cores."""
     ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: bare(_prompt(n)))
     against = f"the loop of onnxruntime-genai, {precision}"
     yield Pair(
@@ -94,6 +97,11 @@ def _alone(precision: str, port: int, bare: Callable[[str], Took], rounds: int) 
     yield Pair(
         what=f"– until its first token, {precision}", ms=[t.first for t in ours],
         against=against, against_ms=[t.first for t in theirs], goal=FIRST,
+    )  # fmt: skip
+    ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: every(_prompt(n)))
+    yield Pair(
+        what=f"a token of the ensemble, through the door, {precision}", ms=[t.token for t in ours],
+        against=f"the same loop with a thread for each core, {precision}", against_ms=[t.token for t in theirs],
     )  # fmt: skip
 
 
@@ -254,8 +262,8 @@ def _healthy(port: int) -> bool:
 
 
 @contextmanager
-def _bare(python: Path, engine: Path) -> Iterator[Callable[[str], Took]]:
-    with _talking(python, HERE / "bare_genai.py", engine) as process:
+def _bare(python: Path, engine: Path, threads: int = 0) -> Iterator[Callable[[str], Took]]:
+    with _talking(python, HERE / "bare_genai.py", engine, str(threads)) as process:
 
         def ask(prompt: str) -> Took:
             process.stdin.write(json.dumps({"prompt": prompt, "tokens": TOKENS}) + "\n")
@@ -275,7 +283,7 @@ def _plain(python: Path, model: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _talking(*argv: Path) -> Iterator[Any]:
+def _talking(*argv: str | Path) -> Iterator[Any]:
     pipe = subprocess.PIPE
     env = {**os.environ, **_ENV}
     process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=env)

@@ -130,7 +130,7 @@ class _Array:
 
 
 def threads():
-    """The job's cores, by this process and by Slurm, without one: for the server, the tokenizers and the door."""
+    """The job's cores, by this process and by Slurm: server, door and tokenizers need too little to leave them one."""
     there = len(os.sched_getaffinity(0))
     said = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, (min(there, int(said)) if said.isdigit() else there) - 1)
+    return max(1, min(there, int(said)) if said.isdigit() else there)
