@@ -151,10 +151,10 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
     chosen = loras.named(config.lora)
     max_rank, lora_modules = lorarrays.limits(config, lorarrays.read_sizes(config))
     dtype = str(plain.get("dtype", "float16"))
-    if chosen:
-        lorarrays.refuse_type(dtype)
     ranks = meeting.of(ctx.folder, os.environ)
     quantization, cache = trtllm.precision(plain.get("quantization") or {})
+    if chosen:
+        lorarrays.refuse_kind(dtype, quantization)
     positions = int(plain.get("max_position_embeddings") or 2048)
     longest = config.max_seq_len or min(positions, engines.LONGEST)
     prompt = min(config.max_input_len or longest, longest)

@@ -124,23 +124,23 @@ def judge(config: Any, adapters: Sequence[Sizes], architecture: str, shape: Shap
     rank, modules = limits(config, adapters)
     if architecture and trtllm.family(architecture) not in _FAMILIES:
         raise Refused(f"LoRA adapters by name are not known to work with {architecture}", hint=_MERGE)
-    if config.quantization in _UNABLE:
-        raise Refused(
-            f"TensorRT-LLM has no LoRA adapters for a model quantised by {config.quantization}",
-            hint="set build.quantization to none, int8, int4, int4_awq or fp8, or merge one adapter: hpc submit merge",
-        )
-    refuse_type(config.dtype)
+    refuse_kind(config.dtype, config.quantization)
     if shape is not None:
         _refuse_misfits(config, adapters, shape)
     names = ", ".join(adapter.name for adapter in adapters)
     return f"build: LoRA adapters {names}: ranks up to {rank}, {' '.join(modules)}"
 
 
-def refuse_type(dtype: str) -> None:
-    """Refused where the arrays cannot have the engine's type, as they must."""
-    if dtype == "bfloat16":
+def refuse_kind(dtype: str, quantization: str) -> None:
+    """Refused where the model's layers take no adapters, or the arrays cannot have the engine's type, as they must."""
+    if quantization in _UNABLE:
         raise Refused(
-            "LoRA adapters cannot be handed to a bfloat16 engine: numpy, and so Triton's Python models, lack the type",
+            f"TensorRT-LLM has no LoRA adapters for a model quantised by {quantization}",
+            hint="set build.quantization to none, int8, int4, int4_awq or fp8, or merge one adapter: hpc submit merge",
+        )
+    if dtype not in (*_TYPES, "auto"):
+        raise Refused(
+            f"LoRA adapters cannot be handed to a {dtype} engine: numpy, and so Triton's Python models, lack the type",
             hint='set build.dtype = "float16"',
         )
 
@@ -200,7 +200,6 @@ def write(part: Path, adapters: Mapping[str, str], dtype: str, max_rank: int) ->
         return {}
     import numpy as np
 
-    refuse_type(dtype)
     told: dict[str, dict[str, Any]] = {}
     for task, (name, given) in enumerate(adapters.items(), 1):
         adapter = loras.read(name, Path(given))

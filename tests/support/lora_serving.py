@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
 
     from hpc.core import passport
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import loras, lorarrays, serving
+    from hpc.inside import lorarrays, loras, serving
     from hpc.inside.openai import Served
     from stages import serve
 
@@ -132,7 +132,8 @@ def main(folder: Path) -> None:
 def ask_all(url: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
     deadline = time.monotonic() + 60
     while ask(url + "/health")[0] != 200:
-        assert process.poll() is None and time.monotonic() < deadline, "it does not start: see its log"
+        assert process.poll() is None, "it has ended: see its log"
+        assert time.monotonic() < deadline, "it does not start: see its log"
         time.sleep(0.1)
 
     def chat(model: str) -> Any:
