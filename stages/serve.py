@@ -188,6 +188,10 @@ def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
             for number, (name, folder) in enumerate(named(config), 1)
         }
     known = passport.read(engine).adapters if config.engine == "tensorrt_llm" else loras.names(engine)
+    if config.name in known:
+        raise UsageError(
+            f"the engine has an adapter {config.name}, which is the model's own name", hint="set serve.name"
+        )
     return {name: {"lora_name": name} for name in known}
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from hpc.core import passport, shape
-from hpc.core.errors import Refused, UsageError, VerificationFailed
+from hpc.core.errors import HpcError, Refused, UsageError, VerificationFailed
 from hpc.core.passport import Passport
-from hpc.inside import loras, lorarrays
+from hpc.inside import lorarrays, loras, pbtxt, repository
 from stages.build import BuildConfig
 
 MODEL = shape.read({
@@ -144,6 +144,29 @@ def test_the_servers_cache_holds_all_adapters(tmp_path: Path) -> None:
     assert (found["lora_cache_optimal_adapter_size"], found["lora_cache_max_adapter_size"]) == (16, 64)
     assert (found["lora_cache_host_memory_bytes"], found["lora_cache_gpu_memory_fraction"]) == (4 << 30, 0.1)
     assert found["lora_data_type"] == "TYPE_FP16"
+
+
+def test_the_server_lists_them_and_tells_the_model_their_tasks(tmp_path: Path) -> None:
+    from stages import serve
+
+    passport.write(tmp_path, engine(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = serve.ServeConfig(engine="tensorrt_llm", lora_cache_fraction=0.2)
+    assert serve._adapters(config, tmp_path) == {"stars": {"lora_name": "stars"}}
+    with pytest.raises(UsageError, match="adapter stars, which is the model's own name"):
+        serve._adapters(replace(config, name="stars"), tmp_path)
+    serve.make_repository(config, tmp_path, tmp_path / "repository")
+    backend = pbtxt.parse((tmp_path / "repository" / "tensorrt_llm" / "config.pbtxt").read_text())
+    bls = pbtxt.parse((tmp_path / "repository" / "tensorrt_llm_bls" / "config.pbtxt").read_text())
+    names = ("optimal_adapter_size", "max_adapter_size", "gpu_memory_fraction", "host_memory_bytes")
+    found = [repository.parameter(backend, f"lora_cache_{name}") for name in names]
+    assert found == ["16", "64", "0.2", str(4 << 30)]
+    assert repository.parameter(bls, "adapters") == '{"stars": 1}'
+    assert repository.parameter(bls, "engine_dir") == str(tmp_path)
+    ensemble = (tmp_path / "repository" / "ensemble" / "config.pbtxt").read_text()
+    assert "lora_name" not in ensemble, "it cannot ask twice"
+    with pytest.raises(HpcError, match="takes no adapters by name"):
+        serve.make_repository(replace(config, vendor_repository="/app"), tmp_path, tmp_path / "repository")
 
 
 @pytest.mark.train

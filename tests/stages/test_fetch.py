@@ -405,7 +405,8 @@ def encoded(text: str, ranks: dict[bytes, int], special: dict[str, int]) -> list
 
 
 SAID = (
-    "The quick brown fox's 12345 tokens, didn't it?\n\n  Indented:\tyes   \r\n", "안녕하세요, 반갑습니다! 세계 여러분 🙂",
+    "The quick brown fox's 12345 tokens, didn't it?\n\n  Indented:\tyes   \r\n",
+    "안녕하세요, 반갑습니다! 세계 여러분 🙂",
     "naïve café — 日本語 🏳️\u200d🌈👩\u200d💻 \u200b e\u0301", " leading and trailing ", "aaaaaaaaaa", "\n", "",
     "<|start_header_id|>user<|end_header_id|>\n\n안녕 <|eot_id|>", "<|begin_of_tex|> is no token, <|eot_id|>is",
 )  # fmt: skip
