@@ -42,7 +42,8 @@ _NAMES = {
 _CHUNK = 1 << 20
 _LLAMA_3 = 100_000
 """More words than this has only LLaMA 3."""
-
+_NARROW = 4096
+"""Narrower than this are of those with scaled positions only the two of 3.2, which stretch them more than 3.1."""
 _LLAMA_1 = 1e-6
 """No other has so small a norm_eps."""
 
@@ -140,7 +141,7 @@ def _config(
         config["max_position_embeddings"] = 131072
         config["rope_scaling"] = {
             "rope_type": "llama3",
-            "factor": params.get("rope_scale_factor", 8.0),
+            "factor": params.get("rope_scale_factor", 32.0 if params["dim"] < _NARROW else 8.0),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,

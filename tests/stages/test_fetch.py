@@ -439,7 +439,11 @@ def test_the_tokenizer_of_llama_3(run_stage: RunStage, tmp_path: Path, scaled: b
         assert tokenizer.decode(right) == text
     chat = [{"role": "user", "content": "안녕"}]
     ends = GenerationConfig.from_pretrained(made).eos_token_id
-    assert AutoConfig.from_pretrained(made).bos_token_id == first
+    config = AutoConfig.from_pretrained(made)
+    assert config.bos_token_id == first
+    assert json.loads((made / "config.json").read_text()).get("rope_scaling", {}).get("factor") == (
+        32 if scaled else None
+    ), "so narrow a model is of 3.2"
     if scaled:  # the name says Instruct
         asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert (asked.count(first), asked.count(first + 9)) == (1, 1)
