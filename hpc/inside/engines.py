@@ -26,7 +26,7 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import loras, lorarrays, meeting, models, onnxgraph
+from hpc.inside import lorarrays, loras, meeting, models, onnxgraph
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""

@@ -1,6 +1,6 @@
 """LLaMA 3's tokenizer as Meta gives it (a line "base64 rank" for each token) -> tokenizer.json.
 
-Byte-level BPE where the rank of a token is its turn: tokenizers does the same with every split of a token as a merge, in
+Byte-level BPE where a token's rank is its turn: tokenizers does the same with every split of a token as a merge, in
 the order of the ranks, which is how transformers converts such files too. Neither tiktoken nor transformers' converter
 is needed. Special tokens, pattern and what begins a text: transformers, convert_llama_weights_to_hf.py (3, 3.1, 3.2).
 """
