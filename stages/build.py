@@ -56,11 +56,11 @@ class BuildConfig:
     max_beam_width: int = 1
     """Beams of a beam search, at most."""
     max_lora_rank: int = 0
-    """Highest rank of LoRA adapters that may come with a request; 0: none may."""
-    lora_modules: tuple[str, ...] = ("attn_q", "attn_k", "attn_v")
-    """The layers that such adapters change, by TensorRT-LLM's names."""
+    """Highest rank of LoRA adapters that may come with a request; 0: that of `lora`'s. (tensorrt_llm)"""
+    lora_modules: tuple[str, ...] = ()
+    """What adapters change, by TensorRT-LLM's names; empty: what `lora`'s do, without any attn_q, attn_k and attn_v."""
     lora: tuple[str, ...] = ()
-    """LoRA adapters that requests may name, as name=folder; they become a part of the engine. (onnxruntime_genai)"""
+    """LoRA adapters that requests may name, as name=folder; they become a part of the engine."""
 
 
 def files(config: BuildConfig) -> tuple[str, ...]:
@@ -107,6 +107,11 @@ def size(config: BuildConfig, around: Around) -> tuple[Resources, tuple[str, ...
             hint="put convert before build in pipeline.stages, or set build.checkpoint",
         )
     notes = engines.judged("build", config, around)
+    if config.lora:
+        from hpc.inside import lorarrays
+
+        architecture = shape.architecture if shape else ""
+        notes = (*notes, lorarrays.judge(config, lorarrays.read_sizes(config), architecture, shape))
     if "tensorrt-llm" in around.versions:
         trtllm.release(around.versions["tensorrt-llm"])
     nodes = max(1, config.nodes)
@@ -162,16 +167,16 @@ def check(config: BuildConfig) -> None:
             f"build.max_input_len {config.max_input_len} is more than max_seq_len {config.max_seq_len}",
             hint="max_seq_len counts prompt and answer together",
         )
-    if config.lora and config.engine != "onnxruntime_genai":
-        raise UsageError(
-            f"build.lora is for onnxruntime_genai; here the engine is {config.engine}",
-            hint="merge one adapter into the model: hpc submit merge",
-        )
-    if config.engine == "onnxruntime_genai":
-        from hpc.inside import loras, models
+    if config.lora:
+        from hpc.inside import loras
 
+        if config.engine == "llmapi":
+            raise UsageError("llmapi builds nothing", hint="its adapters are given to the server: serve.adapters")
         for name, folder in loras.named(config.lora).items():
             loras.inspect(name, Path(folder))
+    if config.engine == "onnxruntime_genai":
+        from hpc.inside import models
+
         if config.model is not None:
             models.inspect(config.model)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.core import engines, rundir
+from hpc.core import engines, passport, rundir
 from hpc.core.division import KvCache, Quantization
 from hpc.core.errors import Refused, UsageError
 from hpc.core.stage import Around, Context, Input, Resources, Stage
@@ -84,6 +84,8 @@ class ServeConfig:
     """Minutes before the limit that the next job may start: it waits in the queue and starts within them."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters that a request may name as its model, as name=/folder. (llmapi; others have them built in.)"""
+    lora_cache_fraction: float = 0.05
+    """Of the GPU memory that is left beside engine and KV cache, for adapters at work. (tensorrt_llm)"""
     extra: tuple[str, ...] = field(default=())
     """Further values for the repository's templates, as name=value."""
 
@@ -147,7 +149,7 @@ def check(config: ServeConfig) -> None:
     if config.successors < 0 or config.handover_min < 1:
         raise UsageError("serve.successors must be 0 or more, serve.handover_min 1 or more")
     if config.adapters and config.engine not in ("llmapi", "auto"):
-        raise UsageError("serve.adapters is for llmapi", hint="onnxruntime_genai has them built in: build.lora")
+        raise UsageError("serve.adapters is for llmapi", hint="the other engines have them built in: build.lora")
     for name, folder in named(config):
         if not name or name == config.name or not Path(folder).is_absolute() or "'" in folder:
             raise UsageError(
@@ -155,6 +157,8 @@ def check(config: ServeConfig) -> None:
             )
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UsageError(f"serve.adapters: {folder} holds no LoRA adapter", hint="it needs adapter_config.json")
+    if not 0 < config.lora_cache_fraction <= 1:
+        raise UsageError("serve.lora_cache_fraction is more than 0, and 1 at most")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
@@ -175,7 +179,7 @@ def lora_config(folders: Sequence[str]) -> str:
 
 
 def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
-    """Adapter -> what Triton's model is told. onnxruntime_genai's engine has its adapters' names beside it."""
+    """Adapter -> what Triton's model is told. The engines that are built have their adapters' names beside them."""
     from hpc.inside import loras
 
     if config.engine == "llmapi":
@@ -183,18 +187,27 @@ def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
             name: {"lora_id": number, "lora_name": name, "lora_path": folder}
             for number, (name, folder) in enumerate(named(config), 1)
         }
-    return {name: {"lora_name": name} for name in loras.names(engine)}
+    known = passport.read(engine).adapters if config.engine == "tensorrt_llm" else loras.names(engine)
+    if config.name in known:
+        raise UsageError(
+            f"the engine has an adapter {config.name}, which is the model's own name", hint="set serve.name"
+        )
+    return {name: {"lora_name": name} for name in known}
 
 
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import kvbudget, repository
+    from hpc.inside import kvbudget, lorarrays, repository
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
     cache = config.kv_cache_tokens
     if not cache and config.engine == "onnxruntime_genai":
         cache = kvbudget.tokens(engine, config.kv_cache_fraction)
+    lora: dict[str, Any] = {}
+    if config.engine == "tensorrt_llm" and (built := passport.read(engine)).max_lora_rank:
+        lorarrays.refuse_vendor(built, config.vendor_repository)
+        lora = lorarrays.settings(built, config.lora_cache_fraction)
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,
@@ -216,6 +229,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         lora_config=lora_config([folder for _, folder in named(config)]) if config.adapters else "null",
         tensor_parallel_size=config.tp_size,
         pipeline_parallel_size=config.pp_size,
+        **lora,
     )
     filling = {
         **repository.values(config.engine, engine, tokenizer, settings),

@@ -53,6 +53,10 @@ class Passport:
     """Longest prompt, tokens."""
     max_seq_len: int
     """Prompt and answer together, tokens."""
+    max_lora_rank: int = 0
+    """Highest rank of LoRA adapters that come with a request; 0: none may."""
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """LoRA adapter -> its task, rank, digest and place in the cache, where they lie beside the engine as arrays."""
 
     @property
     def gpus(self) -> int:

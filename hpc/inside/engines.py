@@ -26,7 +26,7 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import loras, meeting, models, onnxgraph
+from hpc.inside import lorarrays, loras, meeting, models, onnxgraph
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -148,8 +148,13 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
     cards = gpus()
     name, compute = cards[0]
     refuse_kinds(cards)
+    chosen = loras.named(config.lora)
+    max_rank, lora_modules = lorarrays.limits(config, lorarrays.read_sizes(config))
+    dtype = str(plain.get("dtype", "float16"))
     ranks = meeting.of(ctx.folder, os.environ)
     quantization, cache = trtllm.precision(plain.get("quantization") or {})
+    if chosen:
+        lorarrays.refuse_kind(dtype, quantization)
     positions = int(plain.get("max_position_embeddings") or 2048)
     longest = config.max_seq_len or min(positions, engines.LONGEST)
     prompt = min(config.max_input_len or longest, longest)
@@ -164,8 +169,8 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         max_seq_len=longest,
         max_num_tokens=config.max_num_tokens,
         max_beam_width=config.max_beam_width,
-        lora_modules=tuple(config.lora_modules),
-        max_lora_rank=config.max_lora_rank,
+        lora_modules=lora_modules,
+        max_lora_rank=max_rank,
         workers=1 if ranks.world > 1 else min(len(cards), tp * pp),
     )
     _check_flags(argv, version)
@@ -195,12 +200,14 @@ def tensorrt(config: Any, ctx: Context, part: Path) -> None:
         compute=compute,
         tp_size=tp,
         pp_size=pp,
-        dtype=str(plain.get("dtype", "float16")),
+        dtype=dtype,
         quantization=quantization,
         kv_cache=cache,
         max_batch_size=config.max_batch_size,
         max_input_len=prompt,
         max_seq_len=longest,
+        max_lora_rank=max_rank,
+        adapters=lorarrays.write(part, chosen, dtype, max_rank),
     ), ctx)  # fmt: skip
 
 

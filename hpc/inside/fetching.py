@@ -179,7 +179,10 @@ class Fetcher:
 
     def _meta(self, folder: Path, part: Path) -> None:
         meta.check(folder, self.pickles, self.ctx.progress)
-        meta.convert(folder, part, self.ctx.progress)
+        instruct = self.family == "llama-3" or (self.family == "own" and meta.is_instruct(folder))
+        third = meta.convert(folder, part, self.ctx.progress, instruct=instruct)
+        if third and instruct and not Template(part):
+            write_text(part / "chat_template.jinja", families.text("llama-3"))
 
     def _unpickled(self, folder: Path, pickles: Sequence[Path], part: Path) -> None:
         weights.converted(pickles, part, self.ctx.progress)

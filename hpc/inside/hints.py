@@ -57,6 +57,10 @@ _HINTS: tuple[tuple[str, str], ...] = (
         "the nodes do not reach each other: name the interface in NCCL_SOCKET_IFNAME and OMPI_MCA_btl_tcp_if_include",
     ),
     (
+        r"Not enough space allocated to (host|device) LoRA cache",
+        "the adapters' cache is too small: raise serve.lora_cache_fraction, or lower serve.kv_cache_fraction",
+    ),
+    (
         r"LoRA task \d+ not found|lora_config.*(not found|missing)",
         "a LoRA adapter must be sent whole with its first request",
     ),

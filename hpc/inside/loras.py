@@ -20,8 +20,8 @@ from hpc.core.errors import UsageError, VerificationFailed
 
 FILE = "adapters.json"
 _DATA = "adapters.data"
-_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-_MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<part>self_attn|mlp)\.(?P<name>\w+)")
+WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+MODULE = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<part>self_attn|mlp)\.(?P<name>\w+)")
 _NODE = re.compile(r"/model/layers\.(?P<layer>\d+)/(?P<part>attn|mlp)/(?P<name>\w+)/MatMul(?:_Q\d)?")
 _PAGE = 4096
 
@@ -72,7 +72,7 @@ def inspect(name: str, folder: Path) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Adapter:
+class Adapter:
     """One adapter's matrices by module, the scale already in B."""
 
     name: str
@@ -89,7 +89,7 @@ def add(engine: Path, adapters: Mapping[str, str]) -> None:
     import numpy as np
     import onnx
 
-    taken = [_read(name, Path(folder)) for name, folder in adapters.items()]
+    taken = [read(name, Path(folder)) for name, folder in adapters.items()]
     width = sum(adapter.rank for adapter in taken)
     model = onnx.load(engine / "model.onnx", load_external_data=False)
     graph = model.graph
@@ -133,14 +133,15 @@ def add(engine: Path, adapters: Mapping[str, str]) -> None:
     rundir.write_json(engine / FILE, {"names": parts, "width": width})
 
 
-def _read(name: str, folder: Path) -> _Adapter:
+def read(name: str, folder: Path) -> Adapter:
+    """An adapter's matrices; VerificationFailed where one is not of a layer of the model."""
     from safetensors.torch import load_file
 
     settings = inspect(name, folder)
     sides: dict[tuple[str, str, str], dict[str, Any]] = {}
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
-        weight = _WEIGHT.fullmatch(key)
-        module = _MODULE.fullmatch(weight["module"]) if weight else None
+        weight = WEIGHT.fullmatch(key)
+        module = MODULE.fullmatch(weight["module"]) if weight else None
         if weight is None or module is None:
             raise VerificationFailed(
                 f"the adapter {name} changes {key}, which cannot be switched at run time",
@@ -152,7 +153,7 @@ def _read(name: str, folder: Path) -> _Adapter:
     for place, both in sides.items():
         (a, module_name), (b, _) = both["A"], both["B"]
         pairs[place] = (a.T, b.T * _scale(settings, module_name, a.shape[0]))
-    return _Adapter(name, pairs)
+    return Adapter(name, pairs)
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
@@ -163,7 +164,7 @@ def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
-def _sides(place: tuple[str, str, str], adapters: list[_Adapter], parts: Mapping[str, list[int]], width: int) -> Any:
+def _sides(place: tuple[str, str, str], adapters: list[Adapter], parts: Mapping[str, list[int]], width: int) -> Any:
     """A and B of one matrix, each adapter in its own part."""
     import numpy as np
 

@@ -10,6 +10,7 @@ from hpc.core import passport, rundir
 from hpc.core.errors import VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
+from hpc.inside import lorarrays
 from hpc.inside.engines import gpus
 
 _PACKAGES = ("tensorrt-llm", "tensorrt_llm", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "onnxruntime-genai")
@@ -25,6 +26,7 @@ def refuse(engine: Path, ctx: Context) -> Passport:
     passport.refuse(
         found, image=str(document.get("environment", {}).get("digest", "")), versions=versions(), compute=compute
     )
+    lorarrays.verify(engine, found)
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, VerificationFailed
-from hpc.inside import weights
+from hpc.inside import tiktokens, weights
 
 _ALONG = {
     "attention.wq": 0,
@@ -41,8 +41,9 @@ _NAMES = {
 }
 _CHUNK = 1 << 20
 _LLAMA_3 = 100_000
-"""More words than this has only LLaMA 3, whose tokenizer is another."""
-
+"""More words than this has only LLaMA 3."""
+_NARROW = 4096
+"""Narrower than this are of those with scaled positions only the two of 3.2, which stretch them more than 3.1."""
 _LLAMA_1 = 1e-6
 """No other has so small a norm_eps."""
 
@@ -79,12 +80,17 @@ def check(folder: Path, allowed: tuple[str, ...], tell: Tell) -> None:
             )
 
 
-def convert(folder: Path, target: Path, tell: Tell) -> None:
-    """Write config, weights and tokenizer for transformers."""
+def is_instruct(folder: Path) -> bool:
+    """Whether it is a model to chat with, by the name that Meta gives its folder: nothing inside says so."""
+    return "instruct" in folder.resolve().name.lower()
+
+
+def convert(folder: Path, target: Path, tell: Tell, *, instruct: bool) -> bool:
+    """Write config, weights and tokenizer for transformers; whether it is a LLaMA 3. `instruct` counts for those."""
     params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
     shards = [weights.loaded(path) for path in _shards(folder)]
     try:
-        config = _config(params, shards)
+        config = _config(params, shards, _tokenizer_model(folder), instruct)
         weights.write(_joined(params, config, shards, tell), target)
     except (KeyError, RuntimeError, TypeError) as error:
         raise HpcError(
@@ -93,7 +99,8 @@ def convert(folder: Path, target: Path, tell: Tell) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
     (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    _tokenizer(folder, target, config)
+    _tokenizer(folder, target, config, instruct)
+    return bool(config["bos_token_id"] != 1)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -103,12 +110,15 @@ def _shards(folder: Path) -> list[Path]:
     return found
 
 
-def _config(params: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _config(
+    params: dict[str, Any], shards: list[dict[str, Any]], tokenizer: Path | None, instruct: bool
+) -> dict[str, Any]:
     heads = params["n_heads"]
     hidden = sum(shard["layers.0.feed_forward.w1.weight"].shape[0] for shard in shards)
     rows, columns = shards[0]["tok_embeddings.weight"].shape
     vocabulary = rows if columns * len(shards) == params["dim"] and len(shards) > 1 else rows * len(shards)
-    third = vocabulary > _LLAMA_3
+    third = vocabulary > _LLAMA_3 or (tokenizer is not None and tiktokens.is_form(tokenizer))
+    first, scaled = vocabulary - tiktokens.SPECIAL, bool(params.get("use_scaled_rope"))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -122,16 +132,16 @@ def _config(params: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, A
         "vocab_size": vocabulary,
         "hidden_act": "silu",
         "max_position_embeddings": 8192 if third else 2048 if params["norm_eps"] <= _LLAMA_1 else 4096,
-        "bos_token_id": 128000 if third else 1,
-        "eos_token_id": 128001 if third else 2,
+        "bos_token_id": first if third else 1,
+        "eos_token_id": tiktokens.ends(first, scaled=scaled, instruct=instruct) if third else 2,
         "tie_word_embeddings": False,
         "dtype": str(shards[0]["norm.weight"].dtype).removeprefix("torch."),
     }
-    if params.get("use_scaled_rope"):
+    if scaled:
         config["max_position_embeddings"] = 131072
         config["rope_scaling"] = {
             "rope_type": "llama3",
-            "factor": params.get("rope_scale_factor", 8.0),
+            "factor": params.get("rope_scale_factor", 32.0 if params["dim"] < _NARROW else 8.0),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -169,24 +179,28 @@ def _unpaired(tensor: Any, heads: int) -> Any:
     return tensor.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _tokenizer(folder: Path, target: Path, config: dict[str, Any]) -> None:
-    """The tokenizer for transformers: made of LLaMA 1's and 2's, taken over where there is one beside it."""
+def _tokenizer_model(folder: Path) -> Path | None:
+    return next((p for p in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if p.is_file()), None)
+
+
+def _tokenizer(folder: Path, target: Path, config: dict[str, Any], instruct: bool) -> None:
+    """The tokenizer for transformers: made of Meta's, taken over where there is one beside it."""
     ready = [*folder.glob("tokenizer*.json"), folder / "special_tokens_map.json"]
     if (folder / "tokenizer.json").is_file():
         for path in ready:
             if path.is_file():
                 shutil.copy(path, target / path.name)
         return
-    model = next((p for p in (folder / "tokenizer.model", folder.parent / "tokenizer.model") if p.is_file()), None)
+    model = _tokenizer_model(folder)
     if model is None:
         raise HpcError(
             f"{folder} has no tokenizer.model", hint="Meta gives it beside the model's folder: copy it there"
         )
-    if config["vocab_size"] > _LLAMA_3:
-        raise HpcError(
-            "the tokenizer of LLaMA 3 can't be converted here",
-            hint=f"put tokenizer.json and tokenizer_config.json of the same model into {folder}",
-        )
+    if tiktokens.is_form(model):
+        scaled, longest = "rope_scaling" in config, config["max_position_embeddings"]
+        tiktokens.write(model, target, config["vocab_size"], scaled=scaled, instruct=instruct, longest=longest)
+        shutil.copy(model, target / "tokenizer.model")
+        return
     from transformers import LlamaTokenizer
 
     try:

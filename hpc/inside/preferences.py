@@ -10,12 +10,8 @@ from typing import Any
 
 from hpc.core.errors import UsageError
 from hpc.inside import sources
+from hpc.inside.records import ROLES
 
-_ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
-    "system": "system",
-}
 Message = dict[str, str]
 
 
@@ -95,7 +91,7 @@ def _turns(value: Any, role: str, where: str) -> list[Message]:
     found = []
     for turn in value if isinstance(value, list) else [value]:
         words = turn if isinstance(turn, dict) else {}
-        known, text = _ROLES.get(str(words.get("role", words.get("from")))), words.get("content", words.get("value"))
+        known, text = ROLES.get(str(words.get("role", words.get("from")))), words.get("content", words.get("value"))
         if known is None or not isinstance(text, str):
             raise UsageError(f"{where}: {json.dumps(turn)[:40]} is no message", hint="expected {role, content}")
         found.append({"role": known, "content": text.strip()})

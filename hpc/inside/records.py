@@ -27,11 +27,12 @@ Format = Literal["auto", "guanaco", "alpaca", "messages", "sharegpt", "dialogue"
 Message = dict[str, str]
 Turn = tuple[str, str]
 
-_ROLES = {
+ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), "assistant"),
     "system": "system",
 }
+"""What a record calls a speaker -> its role."""
 _SPEAKER = re.compile(r"###\s*(Human|Assistant):")
 """Only the two speakers' names divide a text: a heading such as `### Steps` belongs to the answer."""
 _PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion"))
@@ -111,25 +112,25 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _row(where: str, number: int, turns: list[Turn]) -> Row:
     """Chat messages of the turns; whatever can't be trained on is named, not repaired by guessing."""
-    system = turns[:1] if turns and _ROLES.get(turns[0][0]) == "system" else []
+    system = turns[:1] if turns and ROLES.get(turns[0][0]) == "system" else []
     turns = turns[len(system) :]
     if not any(text for _, text in turns):
         return Row(where, (), "empty", number=number)
     for role, _ in turns:
-        if _ROLES.get(role) not in ("user", "assistant"):
+        if ROLES.get(role) not in ("user", "assistant"):
             return Row(where, (), f"role not known: {role[:20]}", number=number)
     answered = len(turns)
-    while answered and (_ROLES[turns[answered - 1][0]] == "user" or not turns[answered - 1][1]):
+    while answered and (ROLES[turns[answered - 1][0]] == "user" or not turns[answered - 1][1]):
         answered -= 1
     if not answered:
         return Row(where, (), "no answer", number=number)
     kept, unanswered = turns[:answered], len(turns) - answered
-    if any(_ROLES[role] != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(kept)):
+    if any(ROLES[role] != ("user", "assistant")[i % 2] for i, (role, _) in enumerate(kept)):
         return Row(where, (), "turns out of order", number=number)
     if not all(text for _, text in kept):
         return Row(where, (), "empty turn", number=number)
     system = [turn for turn in system if turn[1]]
-    messages = tuple({"role": _ROLES[role], "content": text} for role, text in (*system, *kept))
+    messages = tuple({"role": ROLES[role], "content": text} for role, text in (*system, *kept))
     return Row(where, messages, unanswered=unanswered, number=number)
 
 

@@ -52,8 +52,13 @@ class Settings:
     cancellation_check_period_ms: int = 100
     gpu_device_ids: str | None = None
     lora_prefetch_dir: str | None = None
+    lora_cache_optimal_adapter_size: int | None = None
     lora_cache_max_adapter_size: int | None = None
+    lora_cache_gpu_memory_fraction: float | None = None
+    lora_cache_host_memory_bytes: int | None = None
     lora_data_type: str = "TYPE_FP16"
+    adapters: str = ""
+    """The names of adapters that lie beside a TensorRT engine and their tasks, as JSON; a request may give one."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     enable_lora: bool = False
@@ -65,7 +70,8 @@ _ENGINE_PARAMETERS = (
     "max_beam_width", "max_tokens_in_paged_kv_cache", "max_attention_window_size", "batch_scheduler_policy",
     "kv_cache_free_gpu_mem_fraction", "exclude_input_in_output", "cancellation_check_period_ms",
     "enable_kv_cache_reuse", "enable_chunked_context", "gpu_device_ids", "lora_prefetch_dir",
-    "lora_cache_max_adapter_size",
+    "lora_cache_optimal_adapter_size", "lora_cache_max_adapter_size", "lora_cache_gpu_memory_fraction",
+    "lora_cache_host_memory_bytes",
 )  # fmt: skip
 """The C++ backend's parameters that are written where they are set: an empty one is not the same as none."""
 
@@ -91,7 +97,8 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
     texts = {name: _word(value) for name, value in found.items() if value is not None}
     lines = [_PARAMETER.format(name, _word(value)) for name, value in parameters.items() if value is not None]
     maps = _BY_OUR_ENGINE if engine == "onnxruntime_genai" else dict.fromkeys(_BY_OUR_ENGINE, "")
-    return {**texts, **maps, "engine_parameters": "\n".join(lines)}
+    taken = "" if engine == "llmapi" else _ADAPTER_INPUT
+    return {**texts, **maps, "bls_adapter_input": taken, "engine_parameters": "\n".join(lines)}
 
 
 _PARAMETER = 'parameters {{ key: "{}" value: {{ string_value: "{}" }} }}'
@@ -101,8 +108,9 @@ def _maps(kind: str, **names: str) -> str:
     return "".join(f'\n      {kind} {{ key: "{key}" value: "{value}" }}' for key, value in names.items())
 
 
+_ADAPTER_INPUT = ',\n  { name: "lora_name" data_type: TYPE_STRING dims: [ 1 ] optional: true }'
 _BY_OUR_ENGINE = {
-    "adapter_input": ',\n  { name: "lora_name" data_type: TYPE_STRING dims: [ 1 ] optional: true }',
+    "adapter_input": _ADAPTER_INPUT,
     "ensemble_outputs": "".join(
         f',\n  {{ name: "{name}" data_type: {kind} dims: [ 1 ] }}'
         for name, kind in (("prompt_length", "TYPE_INT32"), ("finish_reason", "TYPE_STRING"))

@@ -307,3 +307,18 @@ def test_70b_on_16_gpus_is_planned_in_50_ms() -> None:
         both(world=world, tp_size=8, pp_size=2)
         best = min(best, time.perf_counter() - started)
     assert best < 0.05
+
+
+def test_adapters_of_a_tensorrt_engine_are_judged_before_the_queue(tmp_path: Path) -> None:
+    from tests.inside.test_lorarrays import adapter
+
+    entries = [f"{name}={adapter(tmp_path / name, {'q_proj': rank}, widths=widths)}" for name, rank, widths in (
+        ("stars", 8, {"q_proj": (4096, 4096)}), ("other", 8, {"q_proj": (2048, 2048)}),
+    )]  # fmt: skip
+    world = facts()
+    world.root = ""
+    world.files |= {entry.partition("=")[2]: "adapter" for entry in entries}
+    made = both(world=world, lora=(entries[0],))
+    assert "build: LoRA adapters stars: ranks up to 8, attn_q" in made.notes
+    assert "is of another model" in refusal(world=world, lora=tuple(entries)).message
+    assert "rank 8, and build.max_lora_rank is 4" in refusal(world=world, lora=(entries[0],), max_lora_rank=4).message

@@ -13,6 +13,7 @@ from hpc.core import trtllm
 from hpc.core.errors import Refused
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "engines" / "trtllm.txt"
+ALL = ("attn_q", "attn_k", "attn_v", "attn_dense", "mlp_h_to_4h", "mlp_4h_to_h", "mlp_gate")
 VERSIONS = ("0.16.0", "0.18.2", "1.0.0", "1.2.1")
 SETTINGS: dict[str, dict[str, Any]] = {
     "float16": {},
@@ -27,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Qwen2": {"architecture": "Qwen2ForCausalLM"},
     "Gemma": {"architecture": "Gemma2ForCausalLM"},
     "LoRA": {"lora": 16},
+    "LoRA, all modules, fp8": {"lora": 64, "modules": ALL, "quantization": "fp8"},
 }
 
 
@@ -36,7 +38,7 @@ def argv(version: str, setting: dict[str, Any]) -> list[tuple[str, ...]]:
         "architecture": "LlamaForCausalLM", "dtype": "float16", "tp": 1, "pp": 1,
         "quantization": "none", "kv_cache": "auto", **setting,
     }  # fmt: skip
-    rank = values.pop("lora", 0)
+    rank, modules = values.pop("lora", 0), values.pop("modules", ("attn_q", "attn_k", "attn_v"))
     texts = "CALIBRATION" if trtllm.calibrated(values["quantization"], values["kv_cache"]) else None
     converting = trtllm.convert(
         known, examples=trtllm.EXAMPLES, model="MODEL", output="CHECKPOINT", workers=1, calibration=texts,
@@ -45,7 +47,7 @@ def argv(version: str, setting: dict[str, Any]) -> list[tuple[str, ...]]:
     building = trtllm.build(
         known, checkpoint="CHECKPOINT", output="ENGINE", quantization=values["quantization"],
         kv_cache=values["kv_cache"], max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192,
-        max_beam_width=1, max_lora_rank=rank, lora_modules=("attn_q", "attn_k", "attn_v"),
+        max_beam_width=1, max_lora_rank=rank, lora_modules=modules,
         workers=values["tp"] * values["pp"],
     )  # fmt: skip
     return [converting, building]

@@ -241,3 +241,43 @@ def test_a_stage_that_is_asked_to_stop_ends_its_program(
 def test_a_model_whose_shape_planning_could_not_see_is_judged_now(image: Path, model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="32 attention heads"):
         convert(model, tmp_path / "convert", tp_size=3)
+
+
+@pytest.mark.train
+def test_adapters_lie_beside_the_engine(image: Path, model: Path, tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from hpc.inside import lorarrays
+
+    entries = []
+    for name, rank, matrix in (("stars", 4, "q_proj"), ("law", 6, "o_proj")):
+        folder = tmp_path / name
+        folder.mkdir()
+        place = f"base_model.model.model.layers.3.self_attn.{matrix}"
+        save_file(
+            {f"{place}.lora_A.weight": torch.ones(rank, 4096), f"{place}.lora_B.weight": torch.ones(4096, rank)},
+            folder / "adapter_model.safetensors",
+        )
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2}))
+        entries.append(f"{name}={folder}")
+    converted = convert(model, tmp_path / "convert", dtype="float16")
+    made = build(converted.outputs["checkpoint"], tmp_path / "build", lora=tuple(entries))
+    assert "--lora_plugin auto --max_lora_rank 6 --lora_target_modules attn_q attn_dense" in " ".join(
+        made.metrics["argv"]
+    )
+    engine = made.outputs["engine"]
+    found = passport.read(engine)
+    assert (found.max_lora_rank, {name: one["task"] for name, one in found.adapters.items()}) == (
+        6, {"stars": 1, "law": 2},
+    )  # fmt: skip
+    lorarrays.verify(engine, found)
+    config = np.load(engine / "adapters" / "2" / "model.lora_config.npy")
+    assert config.tolist() == [[[4, 3, 6]]]
+    weights = np.load(engine / "adapters" / "2" / "model.lora_weights.npy")
+    assert (weights.shape, weights.dtype) == ((1, 1, 2 * 6 * 4096), np.float16)
+    assert set(np.unique(weights)) == {np.float16(1), np.float16(2 / 6)}
+    brain = convert(model, tmp_path / "convert2", dtype="bfloat16")
+    with pytest.raises(Refused, match="bfloat16 engine"):
+        build(brain.outputs["checkpoint"], tmp_path / "build2", lora=tuple(entries))

@@ -29,6 +29,11 @@ def said(text: str) -> dict[str, str]:
             "chosen": {"from": "gpt", "value": "So."},
             "rejected": {"from": "gpt", "value": "No."},
         },
+        {
+            "conversations": [{"from": "prompter", "value": "Why?"}],
+            "chosen": {"from": "chatgpt", "value": "So."},
+            "rejected": {"role": "chatgpt", "content": "No."},
+        },
     ],
 )
 def test_every_form_is_the_same_pair(value: dict[str, Any]) -> None:

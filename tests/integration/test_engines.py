@@ -13,6 +13,7 @@ import pytest
 from hpc.core import passport
 from tests.support import trtllm_stub
 
+from ..inside.test_lorarrays import adapter
 from .cluster import Cluster
 from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
@@ -185,4 +186,8 @@ def test_what_cannot_be_divided_never_reaches_the_queue(project: Project, stub: 
     assert shown.returncode == 3
     assert "tp_size 3 does not divide the model's 4 attention heads" in shown.stderr
     assert "build.tp_size = " in shown.stderr
+    adapter(project.folder / "stars", {"q_proj": 8})
+    given = ("--set", 'build.lora=["stars=stars"]', "--set", "build.max_lora_rank=4")
+    shown = project.hpc("submit", "pipeline", *given, check=False)
+    assert (shown.returncode, "stars has rank 8, and build.max_lora_rank is 4" in shown.stderr) == (3, True)
     assert jobs(project) == []

@@ -620,7 +620,8 @@ from tritonclient.grpc import model_config_pb2
 from hpc.inside import repository, pbtxt
 repository._IMAGE_LLMAPI = Path("llmapi")
 for engine in repository.ENGINES:
-    values = repository.values(engine, Path('/a "b"'), Path("/한글"), repository.Settings())
+    settings = repository.Settings(adapters='{"a b": 1}', lora_data_type="TYPE_FP32", lora_cache_max_adapter_size=8)
+    values = repository.values(engine, Path('/a "b"'), Path("/한글"), settings)
     repository.render(Path("made", engine), engine, Path(sys.argv[1]), values)
     for path in sorted(Path("made", engine).glob("*/config.pbtxt")):
         config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
@@ -631,6 +632,15 @@ for engine in repository.ENGINES:
         assert {k: v.string_value for k, v in config.parameters.items()} == {
             p["key"][0]: p["value"][0]["string_value"][0] for p in own.get("parameters", [])}
         assert config.model_transaction_policy.decoupled == repository.decoupled(own)
+        inputs = {i.name: (model_config_pb2.DataType.Name(i.data_type), list(i.dims)) for i in config.input}
+        if (engine, config.name) == ("tensorrt_llm", "tensorrt_llm"):
+            assert inputs["lora_task_id"] == ("TYPE_UINT64", [1])
+            assert inputs["lora_weights"] == ("TYPE_FP32", [-1, -1])
+            assert inputs["lora_config"] == ("TYPE_INT32", [-1, 3])
+            assert config.parameters["lora_cache_max_adapter_size"].string_value == "8"
+        if config.name == "tensorrt_llm_bls":
+            assert inputs["lora_name"] == ("TYPE_STRING", [1])
+            assert config.parameters["adapters"].string_value == '{"a b": 1}'
         print(engine, config.name)
 """
 
@@ -648,6 +658,30 @@ def test_tritons_own_reader_agrees_with_ours(
         "alice", *inside, "python3", "-c", PARSED, str(code / "hpc" / "_assets" / "templates" / "triton"), cwd=workdir
     )
     assert len(shown.stdout.split("\n")) == 5 + 5 + 2 + 1
+
+
+def test_adapters_of_a_tensorrt_engine_are_models(
+    cluster: Cluster, serve_cpu_sif: Path, workdir: Path, hpc_install: Path
+) -> None:
+    """Our models, the real Triton and the door; a STUB in TensorRT-LLM's place has room for one adapter."""
+    (code,) = hpc_install.glob("lib/python*/site-packages")
+    program = workdir / "lora_serving.py"
+    program.write_text((CHECKOUT / "tests" / "support" / "lora_serving.py").read_text())
+    inside = ("apptainer", "-s", "exec", "--bind", str(code), "--env", f"PYTHONPATH={code}", str(serve_cpu_sif))
+    made = workdir / "made"
+    shown = cluster.run("alice", *inside, "python3", str(program), str(made), cwd=workdir, timeout=120, check=False)
+    assert shown.returncode == 0, shown.stderr + (made / "log").read_text()
+    stars, law = "[[[1, 1, 2]]] 24", "[[[7, 0, 2]]] 48"
+    assert json.loads(shown.stdout.splitlines()[-1]) == {
+        "models": ["tiny", "stars", "law"],
+        "said": [
+            "alone", f"task 1, sent, {stars}", f"task 1, kept, {stars}", f"task 2, sent, {law}",
+            f"task 1, sent, {stars}", [404, "there is no model 'none' here: it is 'tiny' or 'stars' or 'law'"],
+        ],
+        "wrong": "there is no adapter 'none' in this engine: there are stars, law",
+        "empty": "alone",
+        "code": 0,
+    }  # fmt: skip
 
 
 CLIENT = """

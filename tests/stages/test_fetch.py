@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc.core.errors import UsageError
+from hpc.core.errors import UsageError, VerificationFailed
+from hpc.inside import tiktokens
 from stages import fetch
 
 from ..support.hub import COMMIT, Hub, serving
@@ -269,8 +274,6 @@ def same_weights(one: Path, other: Path) -> bool:
 def meta(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(a LLaMA as Meta gives it: two shards, a list of md5, a SentencePiece tokenizer; the same for transformers)."""
     import sentencepiece
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder, ours = tmp_path_factory.mktemp("meta"), tmp_path_factory.mktemp("ours")
     text = "\n".join(f"the quick brown fox number {i} jumps over the lazy dog {i * 7}" for i in range(300))
@@ -279,13 +282,22 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             sentence_iterator=iter(text.splitlines()), model_writer=model, vocab_size=400, model_type="bpe",
             byte_fallback=True, minloglevel=2,
         )  # fmt: skip
+    meta_model(folder, ours, 400)
+    return folder, ours
+
+
+def meta_model(folder: Path, ours: Path, vocabulary: int, **more: Any) -> None:
+    """A small LLaMA in both forms."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=400, num_key_value_heads=2, rms_norm_eps=1e-5, **shape)
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, rms_norm_eps=1e-5, **shape)
     model_ = LlamaForCausalLM(config)
     model_.save_pretrained(ours)
     state = model_.state_dict()
-    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1}
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1, **more}
     (folder / "params.json").write_text(json.dumps(params))
 
     def paired(tensor: Any, heads: int) -> Any:
@@ -318,7 +330,6 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     names = ("consolidated.00.pth", "consolidated.01.pth", "params.json")
     lines = (f"{hashlib.md5((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
     (folder / "checklist.chk").write_text("".join(lines))
-    return folder, ours
 
 
 @pytest.mark.train
@@ -340,6 +351,132 @@ def test_metas_shards_become_the_same_model_for_transformers(meta: tuple[Path, P
     assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)], "one BOS, and Meta's own tokens"
     asked = [{"role": "user", "content": text}]
     assert tokenizer.apply_chat_template(asked, return_dict=True)["input_ids"].count(1) == 1
+
+
+def ranked(texts: Iterable[str], merges: int) -> dict[bytes, int]:
+    """Token -> rank: all bytes, and the most frequent pairs of these texts, one after the other."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    words = [[bytes([byte]) for byte in piece.encode()] for text in texts for piece in pieces(text)]
+    for _ in range(merges):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        (left, right), _ = pairs.most_common(1)[0]
+        ranks[left + right] = len(ranks)
+        words = [merged(word, left, right) for word in words]
+    return ranks
+
+
+def pieces(text: str) -> list[str]:
+    import regex
+
+    return list(regex.findall(tiktokens.PATTERN, text))
+
+
+def merged(word: list[bytes], left: bytes, right: bytes) -> list[bytes]:
+    made: list[bytes] = []
+    for token in word:
+        if made and made[-1] == left and token == right:
+            made[-1] = left + right
+        else:
+            made.append(token)
+    return made
+
+
+def encoded(text: str, ranks: dict[bytes, int], special: dict[str, int]) -> list[int]:
+    """BPE by ranks as tiktoken does it: the pair of the lowest rank first, from the left."""
+    import regex
+
+    found: list[int] = []
+    for part in regex.split("(" + "|".join(map(regex.escape, special)) + ")", text):
+        if part in special:
+            found.append(special[part])
+            continue
+        for piece in pieces(part):
+            if piece.encode() in ranks:
+                found.append(ranks[piece.encode()])
+                continue
+            word = [bytes([byte]) for byte in piece.encode()]
+            while len(word) > 1:
+                best = min(range(len(word) - 1), key=lambda at: ranks.get(word[at] + word[at + 1], 1 << 30))
+                if word[best] + word[best + 1] not in ranks:
+                    break
+                word[best : best + 2] = [word[best] + word[best + 1]]
+            found += [ranks[token] for token in word]
+    return found
+
+
+SAID = (
+    "The quick brown fox's 12345 tokens, didn't it?\n\n  Indented:\tyes   \r\n",
+    "안녕하세요, 반갑습니다! 세계 여러분 🙂",
+    "naïve café — 日本語 🏳️\u200d🌈👩\u200d💻 \u200b e\u0301", " leading and trailing ", "aaaaaaaaaa", "\n", "",
+    "<|start_header_id|>user<|end_header_id|>\n\n안녕 <|eot_id|>", "<|begin_of_tex|> is no token, <|eot_id|>is",
+)  # fmt: skip
+
+
+@pytest.mark.train
+@pytest.mark.generations
+@pytest.mark.parametrize(("scaled", "name"), [(False, "Meta-Llama-3-8B"), (True, "Llama3.1-8B-Instruct")])
+def test_the_tokenizer_of_llama_3(run_stage: RunStage, tmp_path: Path, scaled: bool, name: str) -> None:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder, ranks = tmp_path / name, ranked([*SAID, *SAID[:3]], 120)
+    folder.mkdir()
+    meta_model(folder, tmp_path / "ours", len(ranks) + 256, **({"use_scaled_rope": True} if scaled else {}))
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    (folder / "tokenizer.model").write_text("".join(lines))
+    result = run_stage("fetch", model=str(folder))
+    assert result.code == 0, result.error
+    made, first = result.out("model"), len(ranks)
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    special = {word: first + number for number, word in enumerate(tiktokens.special(scaled))}
+    assert len(special) == len(tokenizer) - first == 256
+    assert special["<|eot_id|>"] == first + 9
+    alphabet = "aab bc 1\n안🙂é'"
+    noise = ["".join(random.Random(seed).choices(alphabet, k=40)) for seed in range(200)]
+    for text in (*SAID, *noise):
+        right = encoded(text, ranks, special)
+        assert tokenizer(text)["input_ids"] == [first, *right], text
+        assert tokenizer.encode(text, add_special_tokens=False) == right
+        assert tokenizer.decode(right) == text
+    chat = [{"role": "user", "content": "안녕"}]
+    ends = GenerationConfig.from_pretrained(made).eos_token_id
+    config = AutoConfig.from_pretrained(made)
+    assert config.bos_token_id == first
+    assert json.loads((made / "config.json").read_text()).get("rope_scaling", {}).get("factor") == (
+        32 if scaled else None
+    ), "so narrow a model is of 3.2"
+    if scaled:  # the name says Instruct
+        asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert (asked.count(first), asked.count(first + 9)) == (1, 1)
+        assert (tokenizer.eos_token, ends) == ("<|eot_id|>", [first + 1, first + 8, first + 9])
+    else:
+        assert not tokenizer.chat_template
+        assert (tokenizer.eos_token, ends) == ("<|end_of_text|>", first + 1)
+        result = run_stage("fetch", model=str(folder), family="llama-3")
+        asked = AutoTokenizer.from_pretrained(result.out("model")).apply_chat_template(chat, return_dict=True)
+        assert asked["input_ids"].count(first) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda lines: [*lines[:-2], lines[-1]], "ranks or single bytes are missing"),
+        (lambda lines: lines[1:], "ranks or single bytes are missing"),
+        (lambda lines: [*lines, "!!! 300"], "damaged at line 301"),
+        (lambda lines: [*lines, "YQ=="], "damaged at line 301"),
+    ],
+)
+def test_a_damaged_tokenizer_of_llama_3_is_told(tmp_path: Path, change: Any, told: str) -> None:
+    tokens = [*(bytes([byte]) for byte in range(256)), *(b"a" * (2 + more) for more in range(44))]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    path = tmp_path / "tokenizer.model"
+    path.write_text("\n".join(lines) + "\n")
+    assert tiktokens.is_form(path)
+    assert len(tiktokens.read(path)) == 300
+    path.write_text("\n".join(change(lines)) + "\n")
+    with pytest.raises(VerificationFailed, match=told):
+        tiktokens.read(path)
+    path.write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
+    assert not tiktokens.is_form(path)
 
 
 @pytest.mark.train

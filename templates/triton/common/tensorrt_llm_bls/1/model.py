@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from adapters import Adapters
 from text import Streamer
 
 _ENGINE_INPUTS = {
@@ -42,6 +43,8 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         self.engine = parameters["tensorrt_llm_model_name"]
         self.texts = parameters["stop_words_as"] == "text"
+        # our own engine knows its adapters by name; TensorRT-LLM's backend knows tasks, and takes arrays
+        self.adapters = None if self.texts else Adapters(parameters["adapters"], parameters["engine_dir"])
         self.decoupled = config["model_transaction_policy"]["decoupled"]
         self.pool = ThreadPoolExecutor(max(1, int(parameters["max_batch_size"])))
 
@@ -84,7 +87,7 @@ class TritonPythonModel:
         limit, asked = int(known["request_output_len"].flat[0]), int(known["input_lengths"].flat[0])
         streamer, count, text, reason = Streamer(self._decode, stops), 0, "", ""
         sent, whole = 0, []
-        for tokens, said in self._tokens(inputs, request.request_id()):
+        for tokens, said in self._answered(inputs, request.request_id()):
             if cancelled():
                 reason = "cancelled"
                 break
@@ -104,6 +107,24 @@ class TritonPythonModel:
             reason = "stop" if streamer.stopped else reason
         reason = reason or ("length" if count >= limit else "stop")
         yield _response(text, count - sent, asked, reason), True
+
+    def _answered(self, inputs, number):
+        """The same, with the adapter that the request names: whole where the engine's cache has lost it."""
+        name = next((t.as_numpy().flat[0].decode() for t in inputs if t.name() == "lora_name"), "")
+        if self.adapters is not None:
+            inputs = [tensor for tensor in inputs if tensor.name() != "lora_name"]
+        if self.adapters is None or not name:
+            yield from self._tokens(inputs, number)
+            return
+        began = False
+        try:
+            for found in self._tokens(inputs + self.adapters.task(name), number):
+                began = True
+                yield found
+        except RuntimeError as error:
+            if began or not self.adapters.is_lost(str(error)):
+                raise
+            yield from self._tokens(inputs + self.adapters.task(name) + self.adapters.arrays(name), number)
 
     def _tokens(self, inputs, number):
         """(new tokens, why it ended) of each of the engine's responses."""
