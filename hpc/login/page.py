@@ -13,7 +13,8 @@ from hpc.login.report import Report, StageReport
 from hpc.login.view import clock
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1d2329;--soft:#667;--line:#d8dce0;--back:#fff;--bar:#0072b2;--wait:#b9c4cd;--bad:#c0392b}
+:root{color-scheme:light dark;--ink:#1d2329;--soft:#667;--line:#d8dce0;--back:#fff;--bar:#0072b2;--wait:#b9c4cd;
+--bad:#c0392b}
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ec;--soft:#9aa4ad;--line:#39424a;--back:#15191d;--bar:#4aa8e0;
 --wait:#4a555e;--bad:#ff7b6b}}
 body{font:15px/1.5 system-ui,"Noto Sans KR","Apple SD Gothic Neo","Malgun Gothic",sans-serif;color:var(--ink);
@@ -161,7 +162,8 @@ def _training(report: Report) -> Iterator[str]:
         losses = {n: stage.curves[n] for n in ("loss", "eval_loss") if n in stage.curves}
         if losses:
             yield f"<h2>{escape(stage.name)}: loss and learning rate</h2>"
-            yield f"<figure>{plot.curves(losses, {n: p for n, p in stage.curves.items() if n == 'learning_rate'})}</figure>"
+            rates = {n: p for n, p in stage.curves.items() if n == "learning_rate"}
+            yield f"<figure>{plot.curves(losses, rates)}</figure>"
 
 
 def _results(report: Report) -> Iterator[str]:
