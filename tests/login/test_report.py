@@ -61,7 +61,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
         rundir.write_json(folder.config, {"config": config, "resources": {"nodes": 2, "gpus_per_node": 4}})
         out = folder.out / "report.json"
         manifest: dict[str, Any] = {"key": keys[name], "versions": {"torch": "2.13.0"}, "metrics": {"steps": 3}}
-        rundir.write_json(folder.manifest, {**manifest, "outputs": {"report": {"path": str(out), "files": {"": "abc"}}}})
+        rundir.write_json(
+            folder.manifest, {**manifest, "outputs": {"report": {"path": str(out), "files": {"": "abc"}}}}
+        )
     training = run.stage("finetune")
     lost = {"state": "TIMEOUT", "started": NOW + 10, "ended": NOW + 40, "host": "dgx02", "cause": HOSTILE}
     rundir.write_json(training.attempt(1).path / "outcome-0.json", lost)
