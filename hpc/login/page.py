@@ -21,7 +21,7 @@ body{font:15px/1.5 system-ui,"Noto Sans KR","Apple SD Gothic Neo","Malgun Gothic
 background:var(--back);max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%}th,td{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere}th{font-weight:600;color:var(--soft)}
-td.answer{white-space:pre-wrap}.soft{color:var(--soft)}.bad{color:var(--bad);font-weight:700}
+td:first-child:not(.answer),th{white-space:nowrap}td.answer{white-space:pre-wrap}.soft{color:var(--soft)}.bad{color:var(--bad);font-weight:700}
 svg.times text{fill:var(--ink);font:13px system-ui,sans-serif}figure{background:#fff;margin:1rem 0;overflow:auto}
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
