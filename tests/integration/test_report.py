@@ -19,7 +19,8 @@ def test_the_page_in_a_browser(cluster: Cluster, browser: Path, workdir: Path) -
     sides = {"base": {"figures": {"held-out loss": 2.0}}, "tuned": {"figures": {"held-out loss": 3.0}}}
     answers = [{"prompt": HOSTILE, "reference": None, "base": HOSTILE, "tuned": HOSTILE}]
     stage = StageReport(
-        name="finetune", state="COMPLETED", reason=HOSTILE, job_id="7", node="dgx01", after=(), submitted=1.0, reused="",
+        name="finetune", state="COMPLETED", reason=HOSTILE, job_id="7", node="dgx01", after=(), submitted=1.0,
+        reused="",
         attempts=[Attempt(number=1, state="COMPLETED", cause="", host="dgx01", started=2.0, ended=9.0)],
         gpus=1, nodes=1, gpu_hours=1.0, node_hours=1.0, settings={"data": HOSTILE}, environment="train", digest="0",
         versions={}, metrics={}, outputs={}, curves={"loss": [(1.0, 3.0), (2.0, 2.0)]},
