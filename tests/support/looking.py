@@ -1,4 +1,4 @@
-"""A headless Chromium that loads a file: looking.py PAGE; prints its title, what it logged and every address it asked for.
+"""A headless Chromium loads a file: looking.py PAGE; prints its title, what it logged, every address it asked for.
 
 A program of its own: it runs on the laptop of the test cluster, in an environment with selenium.
 """
