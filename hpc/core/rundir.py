@@ -188,6 +188,11 @@ class RunDir:
         return self.path / "uncommitted.patch"
 
     @property
+    def report(self) -> Path:
+        """The page of `hpc report`, for its owner alone."""
+        return self.path / "report.html"
+
+    @property
     def code(self) -> Path:
         return self.path / "code"
 

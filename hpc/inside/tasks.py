@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,25 @@ def need() -> None:
 
 
 def run(model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int) -> dict[str, float]:
-    """`task metric` -> its value, without the errors' estimates."""
+    """`task metric` -> its value, without the errors' estimates. A task names its data from its own folder."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    manager = TaskManager(include_path=str(folder.resolve()), include_defaults=False)
     missing = [name for name in names if name not in manager.all_tasks]
     if missing:
         raise UsageError(f"there is no task {missing[0]} in {folder}", hint=f"it has {', '.join(manager.all_tasks)}")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    result = lm_eval.simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    before = os.getcwd()
+    os.chdir(folder.resolve())  # lm-eval looks for `data_files` where it was started
+    try:
+        result = lm_eval.simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
+    finally:
+        os.chdir(before)
     return {
         f"{task} {metric.partition(',')[0]}": float(value)
         for task, found in result["results"].items()
         for metric, value in found.items()
-        if isinstance(value, int | float) and "stderr" not in metric
+        if isinstance(value, int | float) and "," in metric and "stderr" not in metric
     }

@@ -132,6 +132,7 @@ COMMANDS = {
     "cancel": "end a run's jobs, or one stage's",
     "tunnel": "reach a service from a laptop: waits until it answers, then prints the two steps",
     **talk.SUMMARIES,
+    "report": "a run on one HTML page: times, curves, evaluation, what it cost",
     "top": "how much my running stages use their GPUs, live",
     "shell": "a shell, or one program, beside a running stage: on its node, in its container",
     "reset": "end a stage's job and clear what a dead service left; data, notebooks and results stay",
@@ -180,6 +181,10 @@ def parser() -> argparse.ArgumentParser:
     talk.add_query(made["query"])
     talk.add_chat(made["chat"])
     talk.add_bench(made["bench"])
+    made["report"].add_argument("target", nargs="?", metavar="RUN", help="default: the latest run")
+    made["report"].add_argument(
+        "-o", "--output", metavar="FILE", help="the page (default: report.html in the run's folder); -: stdout"
+    )
     top_ = made["top"]
     top_.add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: all of mine")
     top_.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds between two samples (2)")

@@ -14,6 +14,7 @@ from typing import Any
 
 from hpc.core.errors import NotFound, RuntimeUnavailable, UsageError
 from hpc.login import view
+from hpc.login.reporting import report
 from hpc.login.states import UNKNOWN, Scheduler, StageState, states
 from hpc.login.talk import bench, chat, query
 from hpc.login.targets import asked as _asked
@@ -23,7 +24,7 @@ from hpc.login.targets import runs as _runs
 from hpc.login.targets import target as _target
 from hpc.login.targets import way as _way
 
-__all__ = ["bench", "chat", "query"]
+__all__ = ["bench", "chat", "query", "report"]
 
 _LATEST = 10
 

@@ -1,4 +1,4 @@
-"""PURE: the figures of `hpc bench` -> a drawing (SVG) that stands for itself, fit for a paper."""
+"""PURE: figures of `hpc bench`, curves of a training -> a drawing (SVG) that stands for itself, fit for a paper."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from xml.sax.saxutils import escape
 
 _COLOURS = ("#0072b2", "#d55e00")
 """Told apart by people who do not see all colours, and in grey by their marks."""
+_MARKED = 40
+"""Points of a line that have a mark each, at most."""
 _WIDTH, _HEIGHT = 760, 320
 _LEFT, _TOP, _PANEL_W, _PANEL_H, _GAP = 62, 58, 290, 190, 84
 
@@ -57,6 +59,10 @@ def draw(document: Mapping[str, Any]) -> str:
         _legend([endpoint["name"] for endpoint in endpoints], any(any(p[2] for p in line) for line in first)),
         f'<text x="{_LEFT}" y="{_HEIGHT - 10}" class="note">{escape(_note(document))}</text>',
     ]
+    return _svg(parts)
+
+
+def _svg(parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" '
         f'height="{_HEIGHT}">\n'
@@ -64,6 +70,19 @@ def draw(document: Mapping[str, Any]) -> str:
         ".note{font-size:10px;fill:#666}.tick{font-size:11px;fill:#444}</style>\n"
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def curves(
+    left: Mapping[str, Sequence[tuple[float, float]]], right: Mapping[str, Sequence[tuple[float, float]]]
+) -> str:
+    """A training's readings against its steps, (step, value) each: its losses, and the learning rate beside them."""
+    parts = []
+    for place, title, lines in ((_LEFT, "Loss", left), (_LEFT + _PANEL_W + _GAP, "Learning rate", right)):
+        if lines:
+            across = linear(max(x for points in lines.values() for x, _ in points))
+            drawn = [[(x, y, None) for x, y in points] for points in lines.values()]
+            parts.append(_panel(place, title, "step", across, drawn))
+    return _svg([*parts, _legend(list(left), dashed=False)])
 
 
 def _x(level: Mapping[str, Any]) -> float:
@@ -117,7 +136,7 @@ def _line(number: int, points: Sequence[tuple[float, float, float | None]]) -> s
         parts.append(f'<path d="M{x:.1f} {y:.1f}V{high:.1f}m-4 0h8" stroke="{colour}" opacity=".75"/>')
     path = _path([(x, y) for x, y, _ in points])
     parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
-    parts += [_mark(number, x, y) for x, y, _ in points]
+    parts += [_mark(number, x, y) for x, y, _ in points] if len(points) <= _MARKED else []
     return "\n".join(parts)
 
 

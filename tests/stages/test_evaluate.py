@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,58 @@ def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, tmp_pat
     assert "no held-out rows" in result.error["cause"]
     result = run_stage("evaluate", {"model": tiny_model, "dataset": tmp_path}, tasks=("x",), task_folder=str(tmp_path))
     assert "needs lm-eval" in result.error["cause"]
+
+
+CHOICE = """
+task: faq
+dataset_path: json
+dataset_kwargs: {data_files: {test: faq.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}\\n"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+READING = """
+task: reading
+dataset_path: json
+dataset_kwargs: {data_files: {test: faq.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity, higher_is_better: false}]
+"""
+
+
+@pytest.mark.tasks
+@pytest.mark.train
+def test_tasks_of_lm_eval_from_local_files(
+    run_stage: RunStage, tiny_model: Path, tuned: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real library, without a network: base and tuned, from another folder than that of the tasks."""
+    if "CI" not in os.environ:
+        pytest.importorskip("lm_eval", reason="RINGS=train runs it in .venvs/train-tasks")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "faq.yaml").write_text(CHOICE)
+    (folder / "reading.yaml").write_text(READING)
+    rows = [{"question": f"brick {n}?", "choices": ["A brick.", "Zzzzzzzz"], "answer": 0} for n in range(4)]
+    (folder / "faq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = {"model": tuned, "base_model": tiny_model, "dataset": dataset}
+    options = {"answers": 0, "tasks": ("faq", "reading"), "task_folder": str(folder)}
+    done = run_stage("evaluate", inputs, **options)
+    assert done.code == 0, done.error
+    written = json.loads(done.out("report.json").read_text())
+    assert written["tuned"]["figures"]["faq acc"] == 1.0
+    assert set(written["base"]["figures"]) == set(written["tuned"]["figures"])
+    perplexity = done.metrics["figures"]["reading word_perplexity"]
+    assert perplexity["better"] == (perplexity["tuned"] < perplexity["base"])
+    missing = run_stage("evaluate", inputs, folder="missing", **{**options, "tasks": ("roof",)})
+    assert "there is no task roof" in missing.error["cause"]
 
 
 def report(base: dict[str, float] | None, tuned: dict[str, float]) -> dict[str, Any]:
