@@ -99,6 +99,7 @@ def trainer(
     datasets.disable_progress_bars()
     if together.rank() == 0:  # what a kill has left half written
         shutil.rmtree(Path(arguments.output_dir) / _PART, ignore_errors=True)
+    divided = _divided(arguments)
     made = Trainer(
         model=model,
         args=arguments,
@@ -111,7 +112,27 @@ def trainer(
             f"this training has {made.args.world_size} ranks, and {together.world()} were started",
             hint="the image's accelerate does not see them: `hpc logs` has its warnings",
         )
+    if divided not in ("", str(made.accelerator.distributed_type.value)):
+        raise HpcError(
+            f"{divided} was asked for, and accelerate would do {made.accelerator.distributed_type.value}",
+            hint='set finetune.sharding = "none", where each GPU has the whole model',
+        )
     return made
+
+
+def _divided(arguments: Any) -> str:
+    """accelerate's name of what shares the model out; empty: nothing. On CPUs it must be led to FSDP: it would do DDP
+    without a word."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if arguments.deepspeed:
+        return str(DistributedType.DEEPSPEED.value)
+    if not arguments.fsdp:
+        return ""
+    if arguments.device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return str(DistributedType.FSDP.value)
 
 
 def resumed(folder: Path) -> Path | None:
