@@ -30,14 +30,33 @@ def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
     return made(**values)
 
 
-def need(trackers: Sequence[str]) -> None:
-    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded."""
+def need(trackers: Sequence[str], folder: Path) -> None:
+    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded.
+
+    Those that were told no place write into `folder`, and W&B without a key calls nobody.
+    """
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise HpcError(
                 f'finetune.report_to = ["{name}"] needs {name}, which is not in this image',
                 hint="take it out (training/ has the curves all the same), or add it in an image that stands on train",
             )
+    if trackers:
+        folder.mkdir(exist_ok=True)
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        if "WANDB_API_KEY" not in os.environ and not Path("~/.netrc").expanduser().exists():
+            os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def need_compiler(*, gpu: bool) -> None:
+    """HpcError where torch.compile would find no compiler, which it says only at the first step."""
+    names = [os.environ.get("CC", "gcc"), "gcc", "clang"] if gpu else [os.environ.get("CXX", "g++")]
+    if not any(map(shutil.which, names)):
+        raise HpcError(
+            f"finetune.compile needs a compiler ({names[0]}), which is not in this image",
+            hint="set finetune.compile = false, or add one in an image that stands on train",
+        )
 
 
 def spread(sharding: str, *, gradient_checkpointing: bool, gpu: bool) -> dict[str, Any]:
