@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
 from hpc.core import gpus, paths, shape
-from hpc.core.errors import UsageError
+from hpc.core.errors import Refused, UsageError
 from hpc.core.feeding import Source, closure, model_behind, source
 from hpc.core.limits import Limits, fit, partition_of
 from hpc.core.site import Site
