@@ -134,14 +134,13 @@ def trainer(
     if divided not in ("", str(made.accelerator.distributed_type.value)):
         raise HpcError(
             f"{divided} was asked for, and accelerate would do {made.accelerator.distributed_type.value}",
-            hint='set finetune.sharding = "none", where each GPU has the whole model',
+            hint='set finetune.sharding = "none": each rank then has the whole model',
         )
     return made
 
 
 def _divided(arguments: Any) -> str:
-    """accelerate's name of what shares the model out; empty: nothing. On CPUs it must be led to FSDP: it would do DDP
-    without a word."""
+    """accelerate's name of what shares the model out; empty: nothing. On CPUs it is led to FSDP (docs/adr/0035)."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
