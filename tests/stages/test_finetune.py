@@ -260,7 +260,7 @@ def test_the_template_of_the_data_goes_with_the_adapter(
 def test_a_tracker_is_told_and_calls_nobody_without_a_key(
     run_stage: RunStage, tiny_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_DIR", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "")  # so that what the stage sets is taken back
         monkeypatch.delenv(name)
@@ -269,6 +269,7 @@ def test_a_tracker_is_told_and_calls_nobody_without_a_key(
     config = {**SMALL, "max_steps": 2, "report_to": ("wandb",)}
     result = run_stage("finetune", inputs(tiny_model, dataset), **config)
     assert result.code == 0
+    wandb.finish()  # as the end of the process does
     (recorded,) = (result.folder / "training" / "wandb").glob("offline-run-*/run-*.wandb")
     said = recorded.read_bytes()
     assert b"learning_rate" in said
