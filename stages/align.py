@@ -38,7 +38,7 @@ class AlignConfig:
     double_quant: bool = True
     """qlora: quantise the scales of the 4-bit weights too."""
     chat_template: str | None = None
-    """A Jinja file, for a base whose tokenizer has no chat template."""
+    """A Jinja file; None: the adapter's template, else the tokenizer's."""
     beta: float = 0.1
     """How much it costs to leave the reference: more keeps closer to it."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
@@ -142,11 +142,10 @@ def run(config: AlignConfig, ctx: Context) -> None:
     base = ctx.inputs["base_model"]
     dtype = models.compute_dtype(config.dtype)
     folder = models.local(base, ctx.cache)
-    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
-    tokenizer = models.tokenizer(folder, template)
+    before = ctx.inputs.get("adapter")
+    tokenizer = models.tokenizer(folder, recipe.template(config.chat_template, before))
     rows = _rows(tokenizer, config, ctx)
     model = recipe.model(folder, dtype, config)
-    before = ctx.inputs.get("adapter")
     if before is not None:
         model = _with_adapter(model, Path(before))
     trainer = trainers.trainer(

@@ -35,7 +35,7 @@ class FinetuneConfig:
     double_quant: bool = True
     """qlora: quantise the scales of the 4-bit weights too."""
     chat_template: str | None = None
-    """A Jinja file, for a base whose tokenizer has no chat template."""
+    """A Jinja file; None: the template that prepare wrote the data with (prepare.template), else the tokenizer's."""
     lora_r: int = 64
     """Rank of the adapter."""
     lora_alpha: int = 16
@@ -158,16 +158,19 @@ def check(config: FinetuneConfig) -> None:
 
 def run(config: FinetuneConfig, ctx: Context) -> None:
     """Train, and write the adapter (or model); without an output where the scheduler asked to stop."""
-    from hpc.inside import conversations, heldout, models, packing, recipe, trainers, watching
+    from hpc.inside import conversations, curves, heldout, models, packing, recipe, trainers, watching
 
     models.settle()
-    trainers.need(config.report_to)
+    trainers.need(config.report_to, ctx.folder / curves.FOLDER)
+    if config.compile:
+        import torch
+
+        trainers.need_compiler(gpu=torch.cuda.is_available())
     ctx.progress(0, 1, "loading the base model")
     base = ctx.inputs["base_model"]
     dtype = models.compute_dtype(config.dtype)
     folder = models.local(base, ctx.cache)
-    template = Path(config.chat_template).read_text(encoding="utf-8") if config.chat_template else None
-    tokenizer = models.tokenizer(folder, template)
+    tokenizer = models.tokenizer(folder, recipe.template(config.chat_template, ctx.inputs["dataset"]))
     rows = {part: _rows(part, tokenizer, config, ctx) for part in ("train", "eval")}
     model = recipe.model(folder, dtype, config, config.sharding)
 

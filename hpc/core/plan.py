@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from hpc.core import config as configs
 from hpc.core import gpus, paths, shape
-from hpc.core.errors import UsageError
+from hpc.core.errors import Refused, UsageError
 from hpc.core.feeding import Source, closure, model_behind, source
 from hpc.core.limits import Limits, fit, partition_of
 from hpc.core.site import Site
@@ -205,6 +205,12 @@ def _one(
         asked, remarks = stage.size(config, known)
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks
+    card = around.card.card if around.card is not None else None
+    if card is not None and card.slice and stage.launcher == "torchrun" and resources.gpus > 1:
+        raise Refused(
+            f"{stage.name}: {resources.gpus} {card.name} slices can't train together: NCCL joins whole cards alone",
+            hint=f"set {stage.name}.resources to nodes = 1 and gpus_per_node = 1, or a site.gres of whole cards",
+        )
     key = configs.key_of(
         stage.name,
         paths.content(config, absolute, {**files, **folders}),

@@ -11,6 +11,14 @@ from hpc.core.stage import Context
 from hpc.inside import models, together, trainers
 
 
+def template(given: str | None, folder: str | None) -> str | None:
+    """The chat template that was set, else the one that lies in the folder of the data or adapter, else None."""
+    if given is not None:
+        return Path(given).read_text(encoding="utf-8")
+    found = Path(folder) / "chat_template.jinja" if folder is not None else None
+    return found.read_text(encoding="utf-8") if found is not None and found.is_file() else None
+
+
 def model(folder: Path, dtype: str, config: Any, sharding: str = "none") -> Any:
     """The base, ready to train on: in 4 bit for qlora, with float32 weights where they are trained or sharded."""
     import torch

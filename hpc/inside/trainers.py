@@ -30,14 +30,33 @@ def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
     return made(**values)
 
 
-def need(trackers: Sequence[str]) -> None:
-    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded."""
+def need(trackers: Sequence[str], folder: Path) -> None:
+    """HpcError where the image lacks a tracker that is to be reported to: said before a model is loaded.
+
+    Those that were told no place write into `folder`, and W&B without a key calls nobody.
+    """
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise HpcError(
                 f'finetune.report_to = ["{name}"] needs {name}, which is not in this image',
                 hint="take it out (training/ has the curves all the same), or add it in an image that stands on train",
             )
+    if trackers:
+        folder.mkdir(exist_ok=True)
+        os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        if "WANDB_API_KEY" not in os.environ and not Path("~/.netrc").expanduser().exists():
+            os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def need_compiler(*, gpu: bool) -> None:
+    """HpcError where torch.compile would find no compiler, which it says only at the first step."""
+    names = [os.environ.get("CC", "gcc"), "gcc", "clang"] if gpu else [os.environ.get("CXX", "g++")]
+    if not any(map(shutil.which, names)):
+        raise HpcError(
+            f"finetune.compile needs a compiler ({names[0]}), which is not in this image",
+            hint="set finetune.compile = false, or add one in an image that stands on train",
+        )
 
 
 def spread(sharding: str, *, gradient_checkpointing: bool, gpu: bool) -> dict[str, Any]:
@@ -99,6 +118,7 @@ def trainer(
     datasets.disable_progress_bars()
     if together.rank() == 0:  # what a kill has left half written
         shutil.rmtree(Path(arguments.output_dir) / _PART, ignore_errors=True)
+    divided = _divided(arguments)
     made = Trainer(
         model=model,
         args=arguments,
@@ -111,7 +131,26 @@ def trainer(
             f"this training has {made.args.world_size} ranks, and {together.world()} were started",
             hint="the image's accelerate does not see them: `hpc logs` has its warnings",
         )
+    if divided not in ("", str(made.accelerator.distributed_type.value)):
+        raise HpcError(
+            f"{divided} was asked for, and accelerate would do {made.accelerator.distributed_type.value}",
+            hint='set finetune.sharding = "none": each rank then has the whole model',
+        )
     return made
+
+
+def _divided(arguments: Any) -> str:
+    """accelerate's name of what shares the model out; empty: nothing. On CPUs it is led to FSDP (docs/adr/0035)."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if arguments.deepspeed:
+        return str(DistributedType.DEEPSPEED.value)
+    if not arguments.fsdp:
+        return ""
+    if arguments.device.type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return str(DistributedType.FSDP.value)
 
 
 def resumed(folder: Path) -> Path | None:

@@ -77,6 +77,16 @@ def test_paths_in_the_config_become_absolute() -> None:
     assert made.stages[0].config.data == ("/project/a.jsonl", "/project/b.jsonl")
 
 
+def test_slices_do_not_train_together() -> None:
+    site = replace(SLURM, gres="gpu:1g.10gb")
+    first, second, _ = chain()
+    stages = replace(second, launcher="torchrun")
+    with pytest.raises(Refused, match="slices can't train together") as error:
+        planned([wish(first), replace(wish(stages), overrides={"gpus_per_node": 2})], ["finetune"], site)
+    assert "gpus_per_node = 1" in error.value.hint
+    planned([wish(first), replace(wish(stages), overrides={"gpus_per_node": 1})], ["finetune"], site)
+
+
 # ---- keys
 
 

@@ -225,13 +225,70 @@ def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, da
 
 
 @pytest.mark.train
-def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_compiled_training_learns_the_same_and_saves_plain_names(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, but by torch's own kernels: to have them compiled takes a minute."""
+    from safetensors import safe_open
+
+    from hpc.inside import recipe
+
+    config = {**SMALL, "lora_dropout": 0.0, "max_steps": 3}
+    plain = run_stage("finetune", inputs(tiny_model, dataset), folder="plain", **config)
+    made = recipe.arguments
+    monkeypatch.setattr(recipe, "arguments", lambda *a: {**made(*a), "torch_compile_backend": "eager"})
+    result = run_stage("finetune", inputs(tiny_model, dataset), folder="compiled", **config, compile=True)
+    assert result.metrics["losses"] == pytest.approx(plain.metrics["losses"], rel=1e-4)
+    names = [set(safe_open(r.out("adapter") / "adapter_model.safetensors", "pt").keys()) for r in (plain, result)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.train
+def test_the_template_of_the_data_goes_with_the_adapter(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(dataset, tmp_path / "data")
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    (data / "chat_template.jinja").write_text(text)
+    result = run_stage("finetune", inputs(tiny_model, data), **{**SMALL, "max_steps": 1})
+    assert (result.out("adapter") / "chat_template.jinja").read_text() == text
+    merged = run_stage("merge", {"adapter": result.out("adapter"), "base_model": tiny_model})
+    assert (merged.out("model") / "chat_template.jinja").read_text() == text
+
+
+@pytest.mark.train
+def test_a_tracker_is_told_and_calls_nobody_without_a_key(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_DIR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, "")  # so that what the stage sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(dataset))
+    config = {**SMALL, "max_steps": 2, "report_to": ("wandb",)}
+    result = run_stage("finetune", inputs(tiny_model, dataset), **config)
+    assert result.code == 0
+    wandb.finish()  # as the end of the process does
+    (recorded,) = (result.folder / "training" / "wandb").glob("offline-run-*/run-*.wandb")
+    said = recorded.read_bytes()
+    assert b"learning_rate" in said
+    assert b"train/loss" in said
+
+
+@pytest.mark.train
+def test_what_it_cannot_work_with(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = run_stage("finetune", inputs(tiny_model, tmp_path), **SMALL)
     assert "there is no" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "dtype": "float16"})
     assert "float16 needs a GPU" in result.error["cause"]
-    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "report_to": ("wandb",)})
-    assert "needs wandb, which is not in this image" in result.error["cause"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "compile": True})
+    assert "needs a compiler" in result.error["cause"]
+    result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "report_to": ("comet_ml",)})
+    assert "needs comet_ml, which is not in this image" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "sharding": "zero2"})
     assert "needs deepspeed" in result.error["cause"]
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 8})

@@ -25,6 +25,7 @@ ALONE: dict[str, Any] = {
     "max_steps": 40,
     "gradient_checkpointing": False,
 }
+FULL = {**ALONE, "method": "full", "learning_rate": 1e-3, "max_steps": 20, "save_steps": 5, "keep_checkpoints": 1}
 TWO = {**ALONE, "batch_size": 2}
 """Two ranks of two rows: the same batches as one of four."""
 
@@ -61,10 +62,31 @@ def test_two_ranks_stop_go_on_and_learn_what_one_learns(run_stage: RunStage, tin
         assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-3
 
 
+def test_a_sharded_model_is_saved_whole_and_goes_on(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
+    from safetensors.torch import load_file
+
+    inputs = {"base_model": tiny_model, "dataset": dataset}
+    alone = run_stage("finetune", inputs, folder="alone", **FULL)
+    sharded = {**FULL, "batch_size": 2, "sharding": "fsdp"}
+    stopped = run_stage("finetune", inputs, folder="fsdp", ranks=2, stop_at=6, **sharded)
+    assert stopped.code == STOPPED, told(stopped)
+    (checkpoint,) = models.checkpoints(stopped.folder / "checkpoints")
+    assert 6 <= models.step_of(checkpoint) < 20
+    assert (checkpoint / "pytorch_model_fsdp.bin").is_file(), "it was FSDP, not DDP by its name"
+    assert not list((stopped.folder / "checkpoints" / ".part").iterdir())
+    resumed = run_stage("finetune", inputs, folder="fsdp", ranks=2, **sharded)
+    assert resumed.code == 0, told(resumed)
+    assert (resumed.metrics["resumed_from"], resumed.metrics["ranks"]) == (checkpoint.name, 2)
+    assert resumed.metrics["losses"] == pytest.approx(alone.metrics["losses"], rel=1e-3)
+    assert [p.name for p in (resumed.folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-20"]
+    found, wanted = (load_file(result.out("model") / "model.safetensors") for result in (resumed, alone))
+    assert found.keys() == wanted.keys()
+    assert max(float((found[name] - wanted[name]).abs().max()) for name in wanted) < 1e-3
+
+
 def test_a_rank_that_fails_ends_the_others_and_tells_why(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
-    result = run_stage(
-        "finetune", {"base_model": tiny_model, "dataset": dataset}, ranks=2, **{**TWO, "learning_rate": 1e30}
-    )
+    config = {**TWO, "sharding": "fsdp", "learning_rate": 1e30}
+    result = run_stage("finetune", {"base_model": tiny_model, "dataset": dataset}, ranks=2, **config)
     assert result.code == 1, told(result)
     assert "diverged" in result.error["cause"]
     assert not result.out("adapter").exists()
