@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 
-from selenium import webdriver
-
 
 def main(page: str) -> None:
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(word)
