@@ -4,7 +4,7 @@
 #   light        no torch, no Slurm: the plan, the parsers, the command line
 #   pythons      the same with the oldest and the newest Python that is supported, where they are found
 #   train        tiny models are really trained, in .venvs/train; some tests again with libraries a year older,
-#                and lm-eval in .venvs/train-tasks
+#                and what needs lm-eval, W&B or MLflow in .venvs/train-extras
 #   integration  a real Slurm and Apptainer on this machine; needs root
 # RINGS: some of them.  ARGS: options for pytest.
 set -uo pipefail
@@ -51,16 +51,16 @@ train() {  # only the files that have such tests: the others import what this en
     mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.train' tests)
     # the models are tiny: two tests on a thread each are faster than one on two
     export OMP_NUM_THREADS=1
-    ring train .venvs/train/bin/python -n 2 -m "train and not tasks and not integration" "${files[@]}"
+    ring train .venvs/train/bin/python -n 2 -m "train and not extras and not integration" "${files[@]}"
     if .venvs/train/bin/python tools/venv.py .venvs/train-old tests/requirements-train-old.txt --on .venvs/train; then
         ring "train, old libraries" .venvs/train-old/bin/python -n 2 -m "generations" "${files[@]}"
     else
         broken "train, old libraries" "no environment"
     fi
-    if .venvs/train/bin/python tools/venv.py .venvs/train-tasks tests/requirements-tasks.txt --on .venvs/train; then
-        ring "train, lm-eval" .venvs/train-tasks/bin/python -m "tasks" tests/stages/test_evaluate.py
+    if .venvs/train/bin/python tools/venv.py .venvs/train-extras tests/requirements-train-extras.txt --on .venvs/train; then
+        ring "train, extras" .venvs/train-extras/bin/python -n 2 -m "extras" "${files[@]}"
     else
-        broken "train, lm-eval" "no environment"
+        broken "train, extras" "no environment"
     fi
     unset OMP_NUM_THREADS
 }

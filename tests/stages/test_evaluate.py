@@ -143,14 +143,14 @@ metric_list: [{metric: word_perplexity, higher_is_better: false}]
 """
 
 
-@pytest.mark.tasks
+@pytest.mark.extras
 @pytest.mark.train
 def test_tasks_of_lm_eval_from_local_files(
     run_stage: RunStage, tiny_model: Path, tuned: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real library, without a network: base and tuned, from another folder than that of the tasks."""
     if "CI" not in os.environ:
-        pytest.importorskip("lm_eval", reason="RINGS=train runs it in .venvs/train-tasks")
+        pytest.importorskip("lm_eval", reason="RINGS=train runs it in .venvs/train-extras")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "tasks"
