@@ -149,6 +149,11 @@ class StageDir:
         """How much a service does: {"schema": "hpc.figures/1", "t", "running", "done", …}."""
         return self.path / "figures.json"
 
+    @property
+    def bench(self) -> Path:
+        """The latest benchmark of a service: the document of `hpc bench --json`."""
+        return self.path / "bench.json"
+
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.path / f"attempt-{number}")
 

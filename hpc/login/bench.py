@@ -1,9 +1,10 @@
-"""`hpc bench`: one endpoint or two, level by level in turn; a table, a document, a plot."""
+"""`hpc bench`: one endpoint or two, level by level in turn; a table, a document, a plot. A run keeps its latest one."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpc.login.load import Level
 from hpc.login.question import Sampling
 from hpc.login.stream import Sample
 
+SCHEMA = "hpc.bench/1"
 _LEVELS = "1,8,32"
 _REQUESTS = 32
 
@@ -44,6 +46,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     except KeyboardInterrupt:
         stopped = True
     document = {
+        "schema": SCHEMA,
+        "at": round(time.time(), 3),
         "questions": len(asked),
         "chat_template": not raw,
         "max_tokens": options.max_tokens,
@@ -54,6 +58,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if len(doors) == 2 and all(found.values()):
         one, two = (measured[0][1] for measured in found.values())
         document["agreement"] = figures.agreement(one, two)
+    if any(found.values()):
+        _keep(document, doors)
     _show(document, options)
     if stopped:
         raise Interrupted("the benchmark was stopped", hint="the levels that were done are shown; the service goes on")
@@ -152,6 +158,16 @@ def _endpoint(
         for level, samples in measured
     ]  # fmt: skip
     return {"name": name, "what": door.what, "levels": levels}
+
+
+def _keep(document: Mapping[str, Any], doors: Mapping[str, Doorway]) -> None:
+    """For `hpc report`; a folder that cannot be written to loses nobody the figures."""
+    for door in doors.values():
+        if door.folder is not None:
+            try:
+                rundir.write_json(door.folder.bench, document)
+            except OSError as error:
+                print(f"not kept in {door.folder.path}: {error.strerror or error}", file=sys.stderr)
 
 
 def _show(document: Mapping[str, Any], options: argparse.Namespace) -> None:

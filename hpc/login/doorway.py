@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hpc.core.errors import NotReady, UsageError
+from hpc.core.rundir import StageDir
 from hpc.login import opened
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Doorway:
     """Of gRPC, as its library writes addresses; empty: it has none."""
     token: str
     tls: bool = False
+    folder: StageDir | None = None
+    """Of the service, where it is a run's."""
 
     @property
     def host(self) -> str:
@@ -74,16 +77,18 @@ def of_service(way: Way, *, wait: bool) -> Doorway:
     """The door of a run's service. NotReady, with the phase it is in, where it does not answer (yet)."""
     from hpc.login import forward, ready
 
+    service, folder = way.service, way.service.run.stage(way.service.stage)
     with ready.line(sys.stderr) as say:
-        endpoint, token = ready.until_ready(way.service, way.ask, say, wait=wait)
+        endpoint, token = ready.until_ready(service, way.ask, say, wait=wait)
     if way.reach(endpoint) == "direct":
         host = endpoint.bound if endpoint.bound.startswith("127.") else endpoint.host
         grpc = f"{host}:{endpoint.ports['grpc']}" if "grpc" in endpoint.ports else ""
-        return Doorway(what=way.service.what, address=(host, endpoint.port), grpc=grpc, token=token)
+        return Doorway(what=service.what, address=(host, endpoint.port), grpc=grpc, token=token, folder=folder)
     line = way.line(endpoint)
     forward.ensure(line)  # it ends with the job
     grpc = f"unix:{line.sockets['grpc']}" if "grpc" in line.sockets else ""
-    return Doorway(what=way.service.what, address=next(iter(line.sockets.values())), grpc=grpc, token=token)
+    address = next(iter(line.sockets.values()))
+    return Doorway(what=service.what, address=address, grpc=grpc, token=token, folder=folder)
 
 
 def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:

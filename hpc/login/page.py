@@ -10,7 +10,7 @@ from typing import Any
 from hpc.core import evaluation
 from hpc.login import plot
 from hpc.login.report import Report, StageReport
-from hpc.login.view import clock
+from hpc.login.view import clock, load_of
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2329;--soft:#667;--line:#d8dce0;--back:#fff;--bar:#0072b2;--wait:#b9c4cd;
@@ -191,6 +191,21 @@ def _evaluation(report: Report) -> Iterator[str]:
             yield _table(("Question", "Reference", "Base", "Tuned"), answers, css="answer")
 
 
+def _bench(report: Report) -> Iterator[str]:
+    for stage in report.stages:
+        if not stage.bench:
+            continue
+        rows = [
+            (e["name"], load_of(level), level["answered"], sum(level["errors"].values()), level["tokens_per_s"],
+             *(level[f"{name}_ms"] and level[f"{name}_ms"]["p50"] for name in ("ttft", "itl", "e2e")))
+            for e in stage.bench["endpoints"] for level in e["levels"]
+        ]  # fmt: skip
+        yield f"<h2>{escape(stage.name)}: benchmark of {_when(stage.bench['at'])}</h2>"
+        yield f"<figure>{plot.draw(stage.bench)}</figure>"
+        yield _table(("Endpoint", "Load", "Answered", "Errors", "Tokens/s", "First token, ms (p50)",
+                      "Next token, ms", "Whole answer, ms"), rows)  # fmt: skip
+
+
 def _ledger(report: Report) -> Iterator[str]:
     rows = [
         (f"{s.name}, attempt {a.number}", a.state, a.host, clock(a.ended - a.started),
@@ -205,4 +220,4 @@ def _ledger(report: Report) -> Iterator[str]:
         yield _table(("Attempt", "End", "Node", "Time", "GPU hours", "Node hours", "Why"), rows)
 
 
-_SECTIONS = (_summary, _stages, _settings, _training, _results, _evaluation, _ledger)
+_SECTIONS = (_summary, _stages, _settings, _training, _results, _evaluation, _bench, _ledger)

@@ -64,6 +64,8 @@ class StageReport:
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     passport: Mapping[str, Any] | None = None
+    bench: Mapping[str, Any] | None = None
+    """The latest `hpc bench` of a service."""
     elapsed_s: float | None = None
 
 
@@ -141,6 +143,7 @@ def _stage(run: RunDir, row: StageState) -> StageReport:
         curves=_curves(folder.path / _LOG),
         evaluation=next((d for p in out.values() if (d := _document(p, evaluation.SCHEMA))), None),
         passport=next((d for p in out.values() if (d := _document(p / passport.FILE, passport.SCHEMA))), None),
+        bench=_document(folder.bench, "hpc.bench/1"),
         elapsed_s=row.elapsed_s,
     )
 

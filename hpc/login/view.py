@@ -164,7 +164,7 @@ def clock(seconds: float | None) -> str:
 
 def bench(document: Mapping[str, Any], out: IO[str]) -> None:
     """Two tables: what was done in all, and how long single requests took; then how far two engines agree."""
-    rows = [(e["name"], _load(level), level) for e in document["endpoints"] for level in e["levels"]]
+    rows = [(e["name"], load_of(level), level) for e in document["endpoints"] for level in e["levels"]]
     goodput = bool(document["slo_ms"])
     totals = [
         (name, load, f"{level['answered']}", f"{sum(level['errors'].values())}", f"{level['seconds']:.1f}",
@@ -194,7 +194,8 @@ def bench(document: Mapping[str, Any], out: IO[str]) -> None:
         )
 
 
-def _load(level: Mapping[str, Any]) -> str:
+def load_of(level: Mapping[str, Any]) -> str:
+    """Of one level, as c=8 or 2.5/s."""
     return f"c={level['concurrency']}" if level["concurrency"] else f"{level['rate']:g}/s"
 
 

@@ -245,7 +245,10 @@ def test_bench_of_one_and_of_two_side_by_side(two: Two) -> None:
     asked = ("--prompts", str(questions), "--requests", "16", "--max-tokens", "70")
     done = two.hpc("bench", two.fp32.run, "-c", "1,8", *asked, "--json")
     assert done.returncode == 0, done.stderr
-    (endpoint,) = json.loads(done.stdout)["endpoints"]
+    found = json.loads(done.stdout)
+    told = json.loads(two.hpc("report", two.fp32.run, "--json").stdout)
+    assert [s["bench"] for s in told["stages"] if s["name"] == "serve"] == [found]
+    (endpoint,) = found["endpoints"]
     for level, concurrency in zip(endpoint["levels"], (1, 8), strict=True):
         assert (level["concurrency"], level["answered"], level["errors"]) == (concurrency, 16, {})
         assert (level["tokens_counted"], level["tokens"] > 16 * 8) == ("by the server", True)

@@ -13,10 +13,11 @@ import pytest
 
 from hpc.core import rundir
 from hpc.core.rundir import RunDir
-from hpc.login import states
+from hpc.login import figures, states
 from hpc.login.cli import main
 from hpc.login.page import render
 from hpc.login.report import collect
+from hpc.login.stream import Sample
 
 NOW = 1_700_000_000
 HOSTILE = "<script>alert(1)</script><img src=http://evil/x onerror=alert(1)>\"'&안녕"
@@ -78,6 +79,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     rundir.write_json(evaluate / "report.json", {"schema": "hpc.evaluation/1", **sides, "answers": [answer]})
     run.stage("serve").path.mkdir()
     run.stage("serve").token.write_text(TOKEN)
+    samples = [Sample(0, began=1, ended=3, times=[1.5, 2, 3], tokens=3), Sample(0, began=1, ended=2, error=HOSTILE)]
+    level = {"loop": "closed", "concurrency": 8, "rate": None, **figures.summary(samples, {})}
+    measured = {"questions": 1, "max_tokens": 5, "exact": False, "endpoints": [{"name": HOSTILE, "levels": [level]}]}
+    rundir.write_json(run.stage("serve").bench, {"schema": "hpc.bench/1", "at": NOW, **measured})
     asked = {"uid": os.getuid(), "keys": keys, "created": NOW, "project": str(tmp_path), "site": "local"}
     rundir.write_json(run.run, asked)
     return run
@@ -88,11 +93,11 @@ def test_the_page_is_written_for_its_owner_alone(run: RunDir, capsys: pytest.Cap
     assert capsys.readouterr().out.strip() == str(run.report)
     assert stat.S_IMODE(run.report.stat().st_mode) == 0o600
     page = Page(run.report.read_text())
-    for words in ("WORSE than its base", "finetune.lora_r", "torch 2.13.0", "NOT_SUBMITTED", "TIMEOUT"):
+    for words in ("WORSE than its base", "finetune.lora_r", "torch 2.13.0", "NOT_SUBMITTED", "TIMEOUT", "c=8"):
         assert words in page.text
     # (30 s + 1 h) on 8 GPUs, and 1 h on 8 GPUs
     assert "16.07 GPU hours, 4.02 node hours; 1 of 3 attempts did not complete" in page.text
-    assert page.tags.count("svg") == 2, "times and curves"
+    assert page.tags.count("svg") == 3, "times, curves and the benchmark"
 
 
 def test_hostile_text_stays_text_and_a_token_never_shows(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,18 +116,19 @@ def test_hostile_text_stays_text_and_a_token_never_shows(run: RunDir, capsys: py
     assert document["schema"] == "hpc.report/1"
     assert document["verdict"].startswith("WORSE")
     training = document["stages"][0]
-    assert training["settings"] == {"lora_r": 16} or training["settings"]["lora_r"] == 16
+    assert training["settings"] == {"lora_r": 16}
     assert len(training["curves"]["loss"]) == 8, "what is no number is left out, and so is a line cut off"
     assert [a["state"] for a in training["attempts"]] == ["TIMEOUT", "COMPLETED"]
 
 
 def test_what_is_not_known_is_left_out(run: RunDir) -> None:
     asked = {**(rundir.read_json(run.run) or {}), "keys": {"serve": "key-serve"}}
+    run.stage("serve").bench.unlink()
     rows = states.states([(run, asked)], states.Scheduler())
     page = Page(render(collect(run, asked, rows, "squeue: unable to contact slurm controller")))
     assert "unable to contact" in page.text
     assert "svg" not in page.tags
-    for heading in ("Evaluation", "Ledger", "loss", "Settings"):
+    for heading in ("Evaluation", "Ledger", "loss", "Settings", "benchmark"):
         assert heading not in page.text
 
 
