@@ -25,12 +25,13 @@ from hpc.node.inplace import InPlace
 from hpc.node.launch import Launch
 
 LISTEN = """
-import signal, sys, time
+import os, signal, sys, time
+def say(text): os.write(1, text.encode())  # print breaks where a handler that prints interrupts it
 def note(number, frame):
-    print("got", signal.Signals(number).name, flush=True)
+    say(f"got {{signal.Signals(number).name}}\\n")
     if number == {last}: sys.exit({code})
 for number in (signal.SIGUSR2, signal.SIGTERM): signal.signal(number, note)
-print("ready", flush=True)
+say("ready\\n")
 while True: time.sleep(0.05)
 """
 
