@@ -27,7 +27,8 @@ ring() {  # NAME PYTHON WORDS...   one run of pytest
 note() { ends+=("$(printf '%-20s%s (%s)' "$1" "$2" "$3")"); }
 broken() { failed=1; note "$1" "NOT RUN" "FAILED: $2"; }
 
-light() { ring light .venvs/hpc/bin/python -n 2 -W error -m "not train and not integration"; }
+# many of them wait for processes of their own: four at once keep two cores at work
+light() { ring light .venvs/hpc/bin/python -n 4 --dist worksteal -W error -m "not train and not integration"; }
 
 pythons() {
     local minor found
@@ -38,7 +39,7 @@ pythons() {
             continue
         fi
         if "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable .; then
-            ring "light, Python $minor" ".venvs/py$minor/bin/python" -n 2 -W error -m "not train and not integration"
+            ring "light, Python $minor" ".venvs/py$minor/bin/python" -n 4 --dist worksteal -W error -m "not train and not integration"
         else
             broken "light, Python $minor" "no environment"
         fi
