@@ -28,7 +28,8 @@ note() { ends+=("$(printf '%-20s%s (%s)' "$1" "$2" "$3")"); }
 broken() { failed=1; note "$1" "NOT RUN" "FAILED: $2"; }
 
 # many of them wait for processes of their own: four at once keep two cores at work
-light() { ring light .venvs/hpc/bin/python -n 4 --dist worksteal -W error -m "not train and not integration"; }
+of_light=(-n 4 --dist worksteal -W error -m "not train and not integration")
+light() { ring light .venvs/hpc/bin/python "${of_light[@]}"; }
 
 pythons() {
     local minor found
@@ -39,7 +40,7 @@ pythons() {
             continue
         fi
         if "$found" tools/venv.py ".venvs/py$minor" requirements-dev.txt --editable .; then
-            ring "light, Python $minor" ".venvs/py$minor/bin/python" -n 4 --dist worksteal -W error -m "not train and not integration"
+            ring "light, Python $minor" ".venvs/py$minor/bin/python" "${of_light[@]}"
         else
             broken "light, Python $minor" "no environment"
         fi

@@ -18,7 +18,6 @@ from hpc.login.load import Level
 from hpc.login.question import Sampling
 from hpc.login.stream import Sample
 
-SCHEMA = "hpc.bench/1"
 _LEVELS = "1,8,32"
 _REQUESTS = 32
 
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     except KeyboardInterrupt:
         stopped = True
     document = {
-        "schema": SCHEMA,
+        "schema": figures.SCHEMA,
         "at": round(time.time(), 3),
         "questions": len(asked),
         "chat_template": not raw,

@@ -9,6 +9,8 @@ from typing import Any
 from hpc.core.errors import UsageError
 from hpc.login.stream import Sample
 
+SCHEMA = "hpc.bench/1"
+"""Of the document that `hpc bench` prints, and that a run keeps."""
 PERCENTS = (50, 90, 95, 99)
 METRICS = ("ttft", "itl", "e2e", "gap")
 """Milliseconds of one request: to its first token, between two tokens, to its last token, its longest pause."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from hpc.core import evaluation, passport, rundir
 from hpc.core import stage as stage_files
-from hpc.core.config import canonical
+from hpc.core.config import canonical, key_of
 from hpc.core.errors import HpcError
 from hpc.core.rundir import RunDir, StageDir
+from hpc.login import figures
 from hpc.login.states import StageState
 
 _LOG = "training/log.jsonl"
@@ -143,7 +144,7 @@ def _stage(run: RunDir, row: StageState) -> StageReport:
         curves=_curves(folder.path / _LOG),
         evaluation=next((d for p in out.values() if (d := _document(p, evaluation.SCHEMA))), None),
         passport=next((d for p in out.values() if (d := _document(p / passport.FILE, passport.SCHEMA))), None),
-        bench=_document(folder.bench, "hpc.bench/1"),
+        bench=_document(folder.bench, figures.SCHEMA),
         elapsed_s=row.elapsed_s,
     )
 
@@ -184,8 +185,6 @@ def _differing(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(files: Any) -> str:
-    from hpc.core.config import key_of
-
     return key_of(files) if files else ""
 
 

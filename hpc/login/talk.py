@@ -53,7 +53,7 @@ def bench(options: argparse.Namespace) -> int:
 
     document, code = benches.run(options)
     if options.json:
-        _print_json(document.pop("schema"), document)
+        _print_json(document["schema"], document)
     return code
 
 
