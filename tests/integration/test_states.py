@@ -26,7 +26,7 @@ def test_pipeline_runs_in_order_and_completes(project: Project) -> None:
 
 
 def test_running_shows_progress_node_and_time(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.seconds=20")
+    run = submit(project, "first", "--set", "first.seconds=120")
     found = project.until(lambda f: f["first"]["state"] == "RUNNING" and (f["first"]["done"] or 0) > 2, run)
     assert found["first"]["node"].startswith("dgx")
     assert found["first"]["message"] == "sleeping"
@@ -104,16 +104,19 @@ def test_time_limit_saves_and_resumes(project: Project) -> None:
 
 
 def test_cancel_while_it_waits_in_the_queue(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.resources.cpus_per_task=128", "--set", "first.seconds=1")
-    blocked = submit(project, "first", "--set", "first.seconds=2", "--partition", "batch", "--qos", "slots")
-    project.hpc("cancel", blocked)
-    project.hpc("cancel", run)
-    for one in (run, blocked):
+    slots = ("--qos", "slots")  # of which a user runs one job at a time
+    runs = submit(project, "first", "--set", "first.seconds=120", *slots)
+    project.until(lambda f: f["first"]["state"] == "RUNNING", runs)
+    waits = submit(project, "first", "--set", "first.seconds=2", *slots)
+    row = project.until(lambda f: f["first"]["reason"] == "your qos allows no more jobs at once", waits)["first"]
+    assert row["state"] == "PENDING"
+    for one in (waits, runs):
+        project.hpc("cancel", one)
         assert project.until(ended("first"), one)["first"]["state"] == "CANCELLED"
 
 
 def test_another_users_jobs_are_not_shown(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.seconds=20")
+    run = submit(project, "first", "--set", "first.seconds=120")
     project.until(lambda f: f["first"]["state"] == "RUNNING", run)
     project.folder.chmod(0o755)
     shown = project.hpc("status", user="bob")
