@@ -1,4 +1,4 @@
-"""bare_genai.py ENGINE [THREADS]: the loop of onnxruntime-genai's own examples, and nothing else.
+"""bare_genai.py ENGINE THREADS: the loop of onnxruntime-genai's own examples, and nothing else.
 
 Reads {"prompt": TEXT, "tokens": N} line by line, answers {"first": seconds, "whole": seconds, "tokens": N}.
 """
@@ -12,11 +12,10 @@ import time
 import onnxruntime_genai as og
 
 
-def main(engine: str, threads: int = 0) -> None:
+def main(engine: str, threads: int) -> None:
     config = og.Config(engine)
-    if threads:
-        session = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": session}}))
+    session = {"session_options": {"intra_op_num_threads": threads}}
+    config.overlay(json.dumps({"model": {"decoder": session}}))
     model = og.Model(config)
     tokenizer = og.Tokenizer(model)
     stream = tokenizer.create_stream()
@@ -39,4 +38,4 @@ def main(engine: str, threads: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -55,11 +55,13 @@ def lines(rounds: int) -> Iterator[Line]:
         for precision in ("fp32", "int4"):
             builder = (python, "-m", "onnxruntime_genai.models.builder", "-i", folder / "hf", "-o", folder / precision)
             _quiet(*builder, "-p", precision, "-e", "cpu", "-c", folder / "cache", "--extra_options", "prune_lm_head=1")
+            with _served(python, folder / precision, 1) as (port, _), _bare(python, folder / precision, 1) as bare:
+                yield from _alone(f"{precision}, one thread", port, bare, rounds)
+            cores = len(os.sched_getaffinity(0))
             with ExitStack() as stack:
-                port, triton = stack.enter_context(_served(python, folder / precision))
-                bare = stack.enter_context(_bare(python, folder / precision))
-                every = stack.enter_context(_bare(python, folder / precision, len(os.sched_getaffinity(0))))
-                yield from _alone(precision, port, bare, every, rounds)
+                port, triton = stack.enter_context(_served(python, folder / precision, cores))
+                bare = stack.enter_context(_bare(python, folder / precision, cores))
+                yield from _alone(f"{precision}, a thread for each core", port, bare, rounds, goal=False)
                 if precision == "int4":
                     yield from _door(port, triton, 4 * rounds)
                 plain = stack.enter_context(_plain(python, folder / "hf"))
@@ -85,23 +87,17 @@ def _planned() -> Line:
 
 
 def _alone(
-    precision: str, port: int, bare: Callable[[str], Took], every: Callable[[str], Took], rounds: int
+    how: str, port: int, bare: Callable[[str], Took], rounds: int, *, goal: bool = True
 ) -> Iterator[Line]:  # fmt: skip
-    """One request after the other: against the loop as its examples have it, and against one with all the cores."""
+    """One request after the other, with as many threads for the engine as for the loop."""
     ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: bare(_prompt(n)))
-    against = f"the loop of onnxruntime-genai, {precision}"
     yield Pair(
-        what=f"a token of the ensemble, through the door, {precision}", ms=[t.token for t in ours],
-        against=against, against_ms=[t.token for t in theirs], goal=LOOP,
+        what=f"a token of the ensemble, through the door, {how}", ms=[t.token for t in ours],
+        against="the loop of onnxruntime-genai", against_ms=[t.token for t in theirs], goal=LOOP if goal else None,
     )  # fmt: skip
     yield Pair(
-        what=f"– until its first token, {precision}", ms=[t.first for t in ours],
-        against=against, against_ms=[t.first for t in theirs], goal=FIRST,
-    )  # fmt: skip
-    ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: every(_prompt(n)))
-    yield Pair(
-        what=f"a token of the ensemble, through the door, {precision}", ms=[t.token for t in ours],
-        against=f"the same loop with a thread for each core, {precision}", against_ms=[t.token for t in theirs],
+        what=f"– until its first token, {how}", ms=[t.first for t in ours],
+        against="the loop of onnxruntime-genai", against_ms=[t.first for t in theirs], goal=FIRST if goal else None,
     )  # fmt: skip
 
 
@@ -222,8 +218,8 @@ def _answer(port: int, path: str, words: dict[str, Any]) -> Iterator[http.client
 
 
 @contextmanager
-def _served(python: Path, engine: Path) -> Iterator[tuple[int, int]]:
-    """The ports of the door, and of the Triton behind it, as the stage serve starts them."""
+def _served(python: Path, engine: Path, cores: int) -> Iterator[tuple[int, int]]:
+    """The ports of the door, and of the Triton behind it, as the stage serve starts them in a job of so many cores."""
     from hpc.core.assets import TEMPLATES
     from hpc.inside import repository, serving
     from hpc.inside.openai import Served
@@ -240,7 +236,7 @@ def _served(python: Path, engine: Path) -> Iterator[tuple[int, int]]:
         )  # fmt: skip
         (Path(own) / "settings.json").write_text(json.dumps(asdict(told)))
         argv = (python, "-m", "hpc.inside.serving", Path(own) / "settings.json")
-        env = {**os.environ, **_ENV, "PYTHONPATH": str(ROOT), serving.TOKEN: TOKEN}
+        env = {**os.environ, **_ENV, "PYTHONPATH": str(ROOT), serving.TOKEN: TOKEN, "SLURM_CPUS_PER_TASK": str(cores)}
         log = Path(own) / "log"
         with _process(argv, env, log) as process:
             while not _healthy(ports["http"]):
@@ -262,7 +258,7 @@ def _healthy(port: int) -> bool:
 
 
 @contextmanager
-def _bare(python: Path, engine: Path, threads: int = 0) -> Iterator[Callable[[str], Took]]:
+def _bare(python: Path, engine: Path, threads: int) -> Iterator[Callable[[str], Took]]:
     with _talking(python, HERE / "bare_genai.py", engine, str(threads)) as process:
 
         def ask(prompt: str) -> Took:

@@ -21,7 +21,8 @@ _TYPES = {
 _NAMES = {short: name for name, short in _TYPES.items()}
 INDEX = "model.safetensors.index.json"
 _ALIGN = 8
-_PIECE = 32 << 20
+_PIECE = 4 << 20
+"""Larger ones come in fresh memory each time, which costs more than what is done with them."""
 
 
 @dataclass(frozen=True, kw_only=True)

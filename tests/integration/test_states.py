@@ -26,7 +26,7 @@ def test_pipeline_runs_in_order_and_completes(project: Project) -> None:
 
 
 def test_running_shows_progress_node_and_time(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.seconds=120")
+    run = submit(project, "first", "--set", "first.seconds=40")
     found = project.until(lambda f: f["first"]["state"] == "RUNNING" and (f["first"]["done"] or 0) > 2, run)
     assert found["first"]["node"].startswith("dgx")
     assert found["first"]["message"] == "sleeping"

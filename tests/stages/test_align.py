@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from hpc.core.errors import STOPPED, HpcError
 from stages import align
+from tests.support import tiny
 
 RunStage = Callable[..., Any]
 
@@ -83,11 +85,14 @@ def test_held_out_pairs_are_told_apart_and_the_adapter_can_be_merged(
 
 @pytest.mark.train
 def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
-    run_stage: RunStage, tiny_model: Path, pairs: str, dataset: Path
+    run_stage: RunStage, tiny_model: Path, pairs: str, dataset: Path, tmp_path: Path
 ) -> None:
+    data, template = tmp_path / "data", f"{tiny.TEMPLATE}{{# the data's #}}"
+    shutil.copytree(dataset, data)
+    (data / "chat_template.jinja").write_text(template)
     trained = {key: SMALL[key] for key in ("lora_r", "lora_alpha", "target_modules", "batch_size", "max_length")}
     before = run_stage(
-        "finetune", {"base_model": tiny_model, "dataset": dataset}, max_steps=6, learning_rate=1e-2, **trained
+        "finetune", {"base_model": tiny_model, "dataset": data}, max_steps=6, learning_rate=1e-2, **trained
     )
     assert before.code == 0, before.error
     given = {"base_model": tiny_model, "adapter": before.out("adapter")}
@@ -97,6 +102,7 @@ def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     assert result.metrics["losses"][0] == pytest.approx(0.6931, abs=1e-3)
     assert result.metrics["eval_preferred"] == 1.0
     assert not (result.out("adapter") / "ref").exists()
+    assert (result.out("adapter") / "chat_template.jinja").read_text() == template
     assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
 
 
