@@ -27,9 +27,9 @@ ROWS, HELD_OUT = 48, 16
 """Conversations that the recipes train on, and that they are measured with."""
 RECIPE = {
     "max_steps": -1, "epochs": 1.0, "packing": True, "max_length": 512, "batch_size": 1, "learning_rate": 2e-3,
-    "logging_steps": 1, "dtype": "bfloat16",
+    "logging_steps": 1, "dtype": "bfloat16", "lora_r": 64, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"],
 }  # fmt: skip
-"""What the demo's settings become: packed rows of the lab's length, in bfloat16."""
+"""What the demo's settings become: the lab's adapter and length, but packed rows, in bfloat16."""
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 _ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
