@@ -52,6 +52,9 @@ def of_rank(
     return ["trtllm-llmapi-launch", *words] if wrapped else words
 
 
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""The engine's weights, which every token reads, in pages of 2 MiB where the kernel gives them to who asks: a quarter
+of a token's time went into looking up small ones. See docs/benchmarks.md."""
 PORTS = ("http", "grpc", "metrics")
 """What it listens on, as its options name them."""
 
@@ -93,7 +96,10 @@ def program(own: Path) -> tuple[str, Mapping[str, str]]:
     script.chmod(0o700)
     libraries = [str(wheel.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # the stub's Python is the first on PATH
-    return str(script), {"LD_LIBRARY_PATH": ":".join(libraries), "PATH": path, "ORT_DISABLE_TELEMETRY": "1"}
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
+    return str(script), {
+        "LD_LIBRARY_PATH": ":".join(libraries), "PATH": path, "ORT_DISABLE_TELEMETRY": "1", "GLIBC_TUNABLES": tunables,
+    }  # fmt: skip
 
 
 class Triton:
