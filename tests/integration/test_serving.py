@@ -696,7 +696,7 @@ found["whole"] = [whole.choices[0].message.content, whole.choices[0].finish_reas
 parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
 found["stream"] = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
 found["usage"] = parts[-1].usage.total_tokens
-text = client.completions.create(model="tiny", prompt="x", max_tokens=3)
+text = client.completions.create(model="tiny", prompt="x", max_tokens=3, temperature=0)
 found["text"] = [text.choices[0].finish_reason, text.usage.completion_tokens]
 def error(call):
     try:
