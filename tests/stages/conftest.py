@@ -104,7 +104,7 @@ def _torchrun(words: list[str], attempt: Path, steps: Path, stop_at: int) -> int
     """Its exit code. What torch itself breaks off is started again, as a user would submit it again; once."""
     code = _started(words, attempt, steps, stop_at)
     if code == 128 + signal.SIGABRT and _HEAP in (attempt / "stderr").read_text():
-        warnings.warn(f"{words[0]}: torch has broken its heap, as it rarely does over gloo (docs/adr/0035)", stacklevel=3)
+        warnings.warn(f"{words[0]}: torch broke its heap, as it rarely does over gloo (docs/adr/0035)", stacklevel=3)
         code = _started(words, attempt, steps, stop_at)
     return code
 
