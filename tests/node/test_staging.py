@@ -53,10 +53,10 @@ def test_first_use_copies_and_the_second_is_a_hit(source: Path, tmp_path: Path) 
     assert told[-1][1] == SIZE
     source.unlink()  # a hit does not even look at it
     again = Told()
-    begin = time.process_time()
+    begin = time.monotonic()
     with staged(asked, again) as path:
         assert path.stat().st_size == SIZE
-    assert time.process_time() - begin < 0.05
+    assert time.monotonic() - begin < 0.05
     assert again == []
 
 
