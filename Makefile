@@ -4,7 +4,7 @@
 #   make test RINGS="light train" ARGS="-k plan"    some test rings only; options for pytest
 PYTHON ?= python3
 export PYTHON PIP_ARGS RINGS ARGS
-# and without the last one no process of many would compile again what another has
+# with the last one set, each of many processes would compile anew what it imports
 unexport HPC_CONFIG HPC_SITE HPC_RUNS PYTHONDONTWRITEBYTECODE
 BIN := .venvs/hpc/bin
 NEED = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, $(1)) and \

@@ -86,9 +86,7 @@ def _planned() -> Line:
     )
 
 
-def _alone(
-    how: str, port: int, bare: Callable[[str], Took], rounds: int, *, goal: bool = True
-) -> Iterator[Line]:  # fmt: skip
+def _alone(how: str, port: int, bare: Callable[[str], Took], rounds: int, *, goal: bool = True) -> Iterator[Line]:
     """One request after the other, with as many threads for the engine as for the loop."""
     ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: bare(_prompt(n)))
     yield Pair(

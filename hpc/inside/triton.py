@@ -53,8 +53,8 @@ def of_rank(
 
 
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""The engine's weights, which every token reads, in pages of 2 MiB where the kernel gives them to who asks: a quarter
-of a token's time went into looking up small ones. See docs/adr/0039."""
+"""The engine's weights, which every token reads, in pages of 2 MiB where the kernel gives them to who asks: up to a
+quarter of a token's time went into looking up small ones. See docs/adr/0039."""
 PORTS = ("http", "grpc", "metrics")
 """What it listens on, as its options name them."""
 

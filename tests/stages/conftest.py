@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from hpc.inside import runner
 from tests.support import tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_HEAP = "malloc(): "
-"""What glibc's complaint begins with."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,6 @@ def run_stage(tmp_path: Path) -> Iterator[RunStage]:
 
 
 def _torchrun(words: list[str], attempt: Path, steps: Path, stop_at: int) -> int:
-    """Its exit code. What torch itself breaks off is started again, as a user would submit it again; once."""
-    code = _started(words, attempt, steps, stop_at)
-    if code == 128 + signal.SIGABRT and _HEAP in (attempt / "stderr").read_text():
-        warnings.warn(f"{words[0]}: torch broke its heap, as it rarely does over gloo (docs/adr/0035)", stacklevel=3)
-        code = _started(words, attempt, steps, stop_at)
-    return code
-
-
-def _started(words: list[str], attempt: Path, steps: Path, stop_at: int) -> int:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open(attempt / "stderr", "a") as log:
         argv = [sys.executable, "-m", "hpc.inside.ranks", *words]
