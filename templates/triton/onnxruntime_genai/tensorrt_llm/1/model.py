@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,9 @@ _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _PIECE, _WHOLE = 64, 512
 """Tokens of prompts that are read between two tokens of the answers that run; and where none runs."""
 _LOOK_S = 0.1
+_FIRST_S = 0.002
+"""What a first token takes to the client. The graph has a thread on each core, and a kernel that lets it keep them for
+its slices would hold the token up for three times as long."""
 
 
 class TritonPythonModel:
@@ -160,6 +164,8 @@ class TritonPythonModel:
                 self.rows.free(job.row)
         elif job.tokens:
             running.append(job)
+            if job.stream and len(running) == 1:
+                time.sleep(_FIRST_S)
         return used
 
     def _step(self, running):
