@@ -133,7 +133,7 @@ class Triton:
 
     def lost(self) -> bool:
         """True where a model's process is gone."""
-        return not self._stubs <= frozenset(group(self.pid))
+        return not all(_runs(pid, self.pid) for pid in self._stubs)
 
     def end(self, within_s: float) -> int:
         """Ask it to end, make it end, and all that it started; its exit code."""
@@ -177,14 +177,18 @@ def _deaf() -> None:
 
 
 def group(leader: int) -> set[int]:
-    """The processes of a process group that run (proc(5))."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == leader and fields[0] != "Z":
-                found.add(int(path.parent.name))
-    return found
+    """The processes of a process group that run."""
+    numbers = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return {pid for pid in numbers if _runs(pid, leader)}
+
+
+def _runs(pid: int, leader: int) -> bool:
+    """Whether this process is one of that group, and has not ended (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return int(fields[2]) == leader and fields[0] != "Z"
 
 
 def end_group(leader: int) -> None:

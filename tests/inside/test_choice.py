@@ -47,8 +47,10 @@ def drawn(logits: Any = None, count: int = 4000, **asked: Any) -> Any:
 
 def test_greedy_is_the_likeliest() -> None:
     choice, logits = _load().Choice(top_k=1), logits_of(*FOUR)
-    assert (choice.draws, choice.plain(), choice.take(logits, [])) == (False, True, 1)
+    assert (choice.draws, choice.keeps(1), choice.take(logits, [])) == (False, True, 1)
+    assert not choice.keeps(1, forbidden=[1])
     assert choice.take(logits, [], forbidden=[1]) == 3
+    assert choice.take(logits, [], forbidden=[3]) == 1
     assert logits[1] == logits.max(), "the logits are not changed"
 
 

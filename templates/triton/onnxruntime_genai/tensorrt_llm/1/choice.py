@@ -18,14 +18,15 @@ class Choice:
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p or 1.0
         self._numbers = np.random.default_rng(seed) if self.draws else None
 
-    def plain(self, forbidden=()):
-        """Whether it is the likeliest token, and nothing else."""
-        return not self.draws and self.penalty == 1.0 and not forbidden
+    def keeps(self, likeliest, forbidden=()):
+        """Whether it is the likeliest token without more ado."""
+        return not self.draws and self.penalty == 1.0 and likeliest not in forbidden
 
     def take(self, logits, seen, forbidden=()):
         """A token, by the logits of all; `seen` are those of the prompt and the answer."""
-        if self.plain(forbidden):
-            return int(logits.argmax())
+        likeliest = int(logits.argmax())
+        if self.keeps(likeliest, forbidden):
+            return likeliest
         logits = logits.copy()
         if self.penalty != 1.0:
             known = np.unique(np.fromiter((t for t in seen if t < len(logits)), np.int64))

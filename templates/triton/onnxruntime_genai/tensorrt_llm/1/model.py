@@ -310,8 +310,8 @@ class _Job:
     def take(self, logits, likeliest):
         """One more token, by the logits, of which that one is the likeliest."""
         forbidden = self._forbidden()
-        plain = self.choice.plain(forbidden)
-        token = likeliest if plain else self.choice.take(logits, [*self.prompt, *self.tokens], forbidden)
+        kept = self.choice.keeps(likeliest, forbidden)
+        token = likeliest if kept else self.choice.take(logits, [*self.prompt, *self.tokens], forbidden)
         if token in self.ends:
             return self.end("stop")
         self.tokens.append(token)

@@ -16,7 +16,7 @@ _NO_HUGE_PAGES = 15
 """MADV_NOHUGEPAGE: one token would occupy 2 MiB in each of the cache's arrays."""
 _PAGE = 64
 """Tokens to which a row is rounded up, so that it begins on a page of memory whatever the size of a head."""
-_SPIN_US = 50
+_SPIN_US = 200
 _WIDTH = 256
 """Steps in which the mask grows: what is bound to the graph stays the same in between."""
 
