@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 TOKENS = 48
 REST_S = 0.2
+"""onnxruntime's threads spin for tens of milliseconds after their last work, unless they are told not to."""
 MANY = 8
 """Requests at once, for the comparison with the server of transformers."""
 TOKEN = "benchmark"
@@ -62,7 +63,7 @@ def lines(rounds: int) -> Iterator[Line]:
             with ExitStack() as stack:
                 port, triton = stack.enter_context(_served(python, folder / precision, cores))
                 bare = stack.enter_context(_bare(python, folder / precision, cores))
-                yield from _alone(f"{precision}, a thread for each core", port, bare, rounds)
+                yield from _alone(f"{precision}, a thread for each core", port, bare, rounds, goal=None)
                 if precision == "int4":
                     yield from _door(port, triton, 4 * rounds)
                 plain = stack.enter_context(_plain(python, folder / "hf"))
@@ -87,12 +88,12 @@ def _planned() -> Line:
     )
 
 
-def _alone(how: str, port: int, bare: Callable[[str], Took], rounds: int) -> Iterator[Line]:
-    """One request after the other, with as many threads for the engine as for the loop."""
+def _alone(how: str, port: int, bare: Callable[[str], Took], rounds: int, goal: float | None = LOOP) -> Iterator[Line]:
+    """One request after the other, with as many threads for the engine as for the loop; a goal for the token."""
     ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: bare(_prompt(n)))
     yield Pair(
         what=f"a token of the ensemble, through the door, {how}", ms=[t.token for t in ours],
-        against="the loop of onnxruntime-genai", against_ms=[t.token for t in theirs], goal=LOOP,
+        against="the loop of onnxruntime-genai", against_ms=[t.token for t in theirs], goal=goal,
     )  # fmt: skip
     yield Pair(
         what=f"– until its first token, {how}", ms=[t.first for t in ours],
@@ -146,8 +147,7 @@ def _together(
 
 
 def _in_turn(rounds: int, one: Callable[[int], Any], other: Callable[[int], Any]) -> tuple[list[Any], list[Any]]:
-    """A B B A …; the first round does not count. The threads of onnxruntime's own pool go on spinning for tens of
-    milliseconds after their last work: neither side begins before the other rests."""
+    """A B B A …; the first round does not count. Neither side begins before the other's threads have rested."""
     found: tuple[list[Any], list[Any]] = ([], [])
     for number in range(rounds + 1):
         for side in (0, 1) if number % 2 else (1, 0):
