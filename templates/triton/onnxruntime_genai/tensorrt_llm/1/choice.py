@@ -23,10 +23,7 @@ class Choice:
         return not self.draws and self.penalty == 1.0 and likeliest not in forbidden
 
     def take(self, logits, seen, forbidden=()):
-        """A token, by the logits of all; `seen` are those of the prompt and the answer."""
-        likeliest = int(logits.argmax())
-        if self.keeps(likeliest, forbidden):
-            return likeliest
+        """A token, by the logits of all, where it is not kept; `seen` are those of the prompt and the answer."""
         logits = logits.copy()
         if self.penalty != 1.0:
             known = np.unique(np.fromiter((t for t in seen if t < len(logits)), np.int64))

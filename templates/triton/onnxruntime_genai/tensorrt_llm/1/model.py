@@ -20,8 +20,8 @@ _PIECE, _WHOLE = 64, 512
 """Tokens of prompts that are read between two tokens of the answers that run; and where none runs."""
 _LOOK_S = 0.1
 _FIRST_S = 0.002
-"""What a first token takes to the client. The graph has a thread on each core, and a kernel that lets it keep them for
-its slices would hold the token up for three times as long."""
+"""What a first token takes to the client. The graph has a thread on each core, and where the kernel lets it keep them
+for its slices it takes four times as long. See docs/adr/0026."""
 
 
 class TritonPythonModel:
