@@ -1,6 +1,6 @@
 """random_model.py FOLDER: a Llama of 135 million parameters with random weights, and a tokenizer of as many words.
 
-In the environment serve-cpu. Every token has a text of its own, so that a stream brings one piece per token.
+In the environment serve-cpu. Every token has a text of its own, none that waits for the next one.
 """
 
 from __future__ import annotations

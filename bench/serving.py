@@ -63,7 +63,7 @@ def lines(rounds: int) -> Iterator[Line]:
             with ExitStack() as stack:
                 port, triton = stack.enter_context(_served(python, folder / precision, cores))
                 bare = stack.enter_context(_bare(python, folder / precision, cores))
-                yield from _alone(f"{precision}, a thread for each core", port, bare, rounds, goal=None)
+                yield from _alone(f"{precision}, a thread for each core", port, bare, rounds)
                 if precision == "int4":
                     yield from _door(port, triton, 4 * rounds)
                 plain = stack.enter_context(_plain(python, folder / "hf"))
@@ -88,12 +88,12 @@ def _planned() -> Line:
     )
 
 
-def _alone(how: str, port: int, bare: Callable[[str], Took], rounds: int, goal: float | None = LOOP) -> Iterator[Line]:
-    """One request after the other, with as many threads for the engine as for the loop; a goal for the token."""
+def _alone(how: str, port: int, bare: Callable[[str], Took], rounds: int) -> Iterator[Line]:
+    """One request after the other, with as many threads for the engine as for the loop."""
     ours, theirs = _in_turn(rounds, lambda number: _streamed(port, _prompt(number)), lambda n: bare(_prompt(n)))
     yield Pair(
         what=f"a token of the ensemble, through the door, {how}", ms=[t.token for t in ours],
-        against="the loop of onnxruntime-genai", against_ms=[t.token for t in theirs], goal=goal,
+        against="the loop of onnxruntime-genai", against_ms=[t.token for t in theirs], goal=LOOP,
     )  # fmt: skip
     yield Pair(
         what=f"– until its first token, {how}", ms=[t.first for t in ours],

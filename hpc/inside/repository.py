@@ -34,6 +34,8 @@ class Settings:
     """Requests that wait before new ones are refused; 0: any number."""
     engine_max_batch_size: int = 0
     """Requests that the engine works on at once; 0: as many as Triton takes. (TensorRT-LLM's are built in.)"""
+    stream_interval_ms: int = 16
+    """Between two pieces of an answer, at least; 0: a piece for each token. (Our own engine's.)"""
     max_seq_len: int = 0
     """Tokens of prompt and answer together; 0: what the engine can."""
     default_max_tokens: int = 16

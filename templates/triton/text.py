@@ -14,7 +14,7 @@ class Streamer:
         self.window = []
         """The last tokens: those that decide what the next ones look like."""
         self.begin = self.end = 0
-        """The part of the window's text that the last `push` has returned."""
+        """The part of the window's text that the last `push` has returned, and what was kept before it."""
         self.stopped = False
         self._decode = decode
         self._stops = [stop for stop in stops if stop]
@@ -22,31 +22,33 @@ class Streamer:
         """Tokens since the text last ended with a whole character."""
         self._all_sent = False
 
-    def push(self, tokens, last=False):
-        """The text that is certain now. With `last` nothing is held back."""
+    def push(self, tokens, last=False, kept=False):
+        """The text that is certain now. `last`: nothing is held back. `kept`: the part begins where it began."""
         if last or len(tokens) == 1:
-            return self._push(tokens, last)
+            return self._push(tokens, last, kept)
         text = ""
         for token in tokens:  # one by one: else what is certain cannot be told from what is not
-            text += self._push([token], False)
+            text += self._push([token], False, kept)
             if self.stopped:
                 break
         return text
 
-    def _push(self, tokens, last):
-        self._shorten()
+    def _push(self, tokens, last, kept):
+        if not kept:
+            self._shorten()
+            self.begin = self.end
+        known = self.end
         self.window += tokens
         text = self._decode(self.window)
         ready = len(text) if last else self._whole(text)
-        self.begin = self.end
-        place = first(text[:ready], self._stops, self.begin)
+        place = first(text[:ready], self._stops, known)
         if place >= 0:
             self.stopped = True
             self.end = place
         else:
-            self.end = max(self.begin, ready if last else ready - _held(text[self.begin : ready], self._stops))
+            self.end = max(known, ready if last else ready - _held(text[known:ready], self._stops))
         self._all_sent = self.end == len(text)
-        return text[self.begin : self.end]
+        return text[known : self.end]
 
     def _whole(self, text):
         """How much of it is certain: a character whose bytes have not all come may end it.

@@ -66,6 +66,18 @@ def test_a_piece_is_told_by_its_place_in_the_window() -> None:
         assert len(streamer.window) < 50
 
 
+def test_what_is_kept_is_a_part_of_the_next_piece() -> None:
+    numbers, streamer, said, kept = random.Random(1), text.Streamer(by_bytes), "", ""
+    for token in (TEXT * 9).encode():
+        kept += streamer.push([token], kept=bool(kept))
+        piece = by_bytes(streamer.window)[streamer.begin : streamer.end]
+        assert piece == kept
+        if numbers.random() < 0.2:
+            said, kept = said + piece, ""
+    assert len(streamer.window) < 90
+    assert said + kept == TEXT * 9
+
+
 @pytest.mark.parametrize(
     ("stops", "kept"),
     [

@@ -21,7 +21,8 @@ from tests.support.terminal import CONTROLLING, Terminal
 from .cluster import Cluster
 from .project import SITE, Project, jobs
 from .serving import PROMPT, QUESTION, TEXT, Served, make_model
-from .test_laptop import Laptop, wish
+from .test_laptop import Laptop
+from .tunnels import wish
 
 SAID = re.sub(r"<think>.*</think>\s*", "", TEXT)
 GREEDY = ("--temperature", "0")

@@ -17,10 +17,10 @@ from hpc.core.assets import TEMPLATES
 from .conftest import CHECKOUT
 from .project import Project, jobs
 from .serving import QUESTION, TEXT, make_model
-from .test_jupyter import SSH
 from .test_lab import execute, typed_into
 from .test_running import Terminal
 from .test_service import http
+from .tunnels import opened, wish
 
 NAME = "engine-lab.ipynb"
 SETTINGS = """\
@@ -115,17 +115,12 @@ def test_from_the_menu_to_an_engine_that_answers(lab: Project, menu: Terminal, b
 
 def pictured(lab: Project, run: str, browser: Path) -> None:
     """The printed address in Chromium on the laptop: it is the notebook."""
-    document = lab.json("tunnel", run, "--local-port", "23456")
-    process = lab.cluster.popen("alice", "ssh", *SSH, *shlex.split(document["command"])[1:], node="laptop")
+    document = lab.json("tunnel", run, *wish())
     picture = lab.folder / "picture.png"
     program = shutil.copy(CHECKOUT / "tests" / "support" / "browser.py", lab.folder)
-    try:
-        time.sleep(1)
+    with opened(lab.cluster, document["command"]):
         argv = (str(browser), str(program), document["url"], str(picture), "Engine lab")
         shown = lab.cluster.run("alice", *argv, node="laptop", timeout=120)
-    finally:
-        process.terminate()
-        process.wait()
     assert shown.stdout.startswith("Engine lab")
     shutil.copy(picture, lab.cluster.dir / "engine-lab.png")  # for docs/
 

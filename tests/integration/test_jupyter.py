@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from .project import SITE, Project
 from .test_service import http
 from .test_states import ended
 from .test_tunnel import until
-
-SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
+from .tunnels import opened, wish
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +43,8 @@ def jupyter(cluster: Cluster, hpc_install: Path, lab_sif: Path) -> Iterator[Proj
 def tunnel(jupyter: Project) -> Iterator[dict[str, Any]]:
     """What `hpc tunnel` says, and its first step done on the laptop."""
     document = jupyter.json("tunnel", "jupyter")
-    words = shlex.split(document["command"])
-    assert words[:2] == ["ssh", "-N"]
-    process = jupyter.cluster.popen("alice", "ssh", *SSH, *words[1:], node="laptop")
-    time.sleep(1)
-    assert process.poll() is None
-    yield document
-    process.terminate()
-    process.wait()
+    with opened(jupyter.cluster, document["command"]):
+        yield document
 
 
 def test_a_cell_runs_in_the_browser_of_the_laptop(
@@ -93,9 +84,9 @@ def test_nobody_else_gets_in(jupyter: Project, tunnel: dict[str, Any]) -> None:
 
 def test_an_open_tab_outlives_a_requeue(jupyter: Project, browser: Path, workdir: Path) -> None:
     """The job moves to another node; the tunnel follows, and the tab that is open is let in without a new address."""
-    hpc, pipe = str(jupyter.venv / "bin" / "hpc"), subprocess.PIPE
+    hpc, pipe, (option, port) = str(jupyter.venv / "bin" / "hpc"), subprocess.PIPE, wish()
     follows = jupyter.cluster.popen(
-        "alice", hpc, "tunnel", "--via", f"login:{jupyter.folder}", "--local-port", "24680", node="laptop",
+        "alice", hpc, "tunnel", "--via", f"login:{jupyter.folder}", option, port, node="laptop",
         env={"HPC_REMOTE": hpc}, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
     )  # fmt: skip
     sign, picture = workdir / "open", workdir / "picture.png"
@@ -104,7 +95,7 @@ def test_an_open_tab_outlives_a_requeue(jupyter: Project, browser: Path, workdir
         assert follows.stdout is not None
         assert follows.stderr is not None
         url = follows.stdout.readline().strip()
-        assert url.startswith("http://localhost:24680/lab?token=")
+        assert url.startswith(f"http://localhost:{port}/lab?token=")
         # reset: without what the last test has left open
         argv = (str(browser), str(program), f"{url}&reset", str(picture), "", str(sign))
         tab = jupyter.cluster.popen("alice", *argv, node="laptop", stdout=pipe, stderr=pipe)

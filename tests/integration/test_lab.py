@@ -20,8 +20,8 @@ from hpc.core.assets import TEMPLATES
 from .cluster import Cluster
 from .conftest import CHECKOUT
 from .project import SITE, Project, jobs
-from .test_jupyter import SSH
 from .test_states import ended
+from .tunnels import opened, wish
 
 NAME = "finetuning-lab.ipynb"
 SMALLEST = {
@@ -164,20 +164,14 @@ def test_notebook_runs_from_data_to_answers_and_the_same_can_be_planned(running:
 
 def test_printed_address_opens_the_notebook(running: tuple[Project, str], browser: Path) -> None:
     lab, run = running
-    document = lab.json("tunnel", run)
-    words = shlex.split(document["command"])
-    process = lab.cluster.popen("alice", "ssh", *SSH, *words[1:], node="laptop")
+    document = lab.json("tunnel", run, *wish())
     picture = lab.folder / "picture.png"
     program = shutil.copy(CHECKOUT / "tests" / "support" / "browser.py", lab.folder)
-    try:
-        time.sleep(1)
+    with opened(lab.cluster, document["command"]):
         shown = lab.cluster.run(
             "alice", str(browser), str(program), document["url"], str(picture), "Finetuning lab", node="laptop",
             timeout=120,
         )  # fmt: skip
-    finally:
-        process.terminate()
-        process.wait()
     assert shown.stdout.startswith("Finetuning lab")
     shutil.copy(picture, lab.cluster.dir / "lab.png")  # for docs/
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import random
 import re
 import select
 import shlex
@@ -24,6 +23,7 @@ from tests.support import echoing
 from .cluster import Cluster
 from .project import SITE, Project, jobs
 from .test_tunnel import ASK, ECHO, PYTHON, until
+from .tunnels import wish
 
 ODD = 'it\'s $(id) `id` "q" !x \\ 한글'
 
@@ -154,11 +154,6 @@ def port_of(url: str) -> int:
     found = re.match(r"http://localhost:(\d+)/", url)
     assert found, url
     return int(found[1])
-
-
-def wish() -> tuple[str, str]:
-    """A local port that no other test has."""
-    return "--local-port", str(random.randrange(20000, 30000))
 
 
 # ---- every verb

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from .cluster import Cluster
-from .test_laptop import Laptop, laptop, wish
+from .test_laptop import Laptop, laptop
 from .test_reset import of_job
 from .test_tunnel import until
+from .tunnels import wish
 
 __all__ = ["laptop"]
 
@@ -29,11 +30,14 @@ def node(cluster: Cluster) -> Iterator[str]:
     yield NODE
     cluster.start(f"slurmd-{NODE}")
 
+    states = set()
+
     def idle() -> bool:
         cluster.run("root", "scontrol", "update", f"nodename={NODE}", "state=resume", check=False)
-        return cluster.run("root", "sinfo", "-hn", NODE, "-o", "%T").stdout.split()[0] == "idle"
+        states.add(state := cluster.run("root", "sinfo", "-hn", NODE, "-o", "%T").stdout.split()[0])
+        return state == "idle"
 
-    until(idle, f"{NODE} is idle again", 60)
+    until(idle, states, 120)
 
 
 def lose_power(cluster: Cluster, node: str, jobs: list[str]) -> None:

@@ -65,7 +65,7 @@ def shared(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pat
     folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
     shutil.chown(folder, "alice", "alice")
     for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
-        one = start(project)
+        one = start(project, "--set", "serve.stream_interval_ms=0")
         yield one
         project.hpc("cancel", one.run)
         end_of(one)
@@ -309,6 +309,9 @@ def test_the_engines_loop(cluster: Cluster, engine: Path, serve_cpu_sif: Path, h
     assert {len(tokens) for tokens, *_ in seen["alone"]} > {5, 23, 41, 59, 77}
     assert seen["pieces"] == [64] * 23 + [28], "a long prompt, in pieces"
     assert min(seen["between"]) >= 1, "and those that run go on in between"
+    assert seen["interval"][0] == 1, "the first token does not wait for others"
+    assert 2 < len(seen["interval"]) <= 2 + seen["interval_s"] / 0.05
+    assert (sum(seen["interval"]), seen["whole"], seen["same"]) == (400, True, True)
     assert (seen["left"], seen["stayed"], seen["late"]) == (["cancelled", True], True, 0)
     assert seen["ended_s"] < 5
     assert seen["told"] == ["the engine has ended"] * 4

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
-import shlex
 import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from tests.support import echoing
 
 from .cluster import Cluster
 from .project import SITE, Project, jobs
+from .tunnels import opened, wish
 
 PYTHON = "/usr/bin/python3"
 ASK = """
@@ -67,7 +65,7 @@ class Serving(Project):
 
     def tunnel(self, *arguments: str) -> dict[str, Any]:
         """Its document, with a local port that no other test has."""
-        return self.json("tunnel", "--local-port", str(random.randrange(20000, 30000)), *arguments)
+        return self.json("tunnel", *wish(), *arguments)
 
     def ask(self, url: str, node: str = "laptop", user: str = "alice") -> str:
         return self.cluster.run(user, PYTHON, "-c", ASK, url, node=node).stdout.strip()
@@ -77,21 +75,6 @@ class Serving(Project):
         numbers = jobs(self, "%i")
         found = self.cluster.run("alice", "squeue", "-h", "-s", "-u", "alice", "-o", "%i").stdout.split()
         return [step for step in found if step.partition(".")[0] in numbers]
-
-    @contextmanager
-    def open(self, command: str) -> Iterator[subprocess.Popen[str]]:
-        """The printed command, as it stands, in a terminal of the laptop."""
-        pipe = subprocess.PIPE
-        process = self.cluster.popen(
-            "alice", *shlex.split(command), node="laptop", stdin=subprocess.DEVNULL, stderr=pipe
-        )
-        try:
-            time.sleep(0.5)
-            assert process.poll() is None, process.communicate()
-            yield process
-        finally:
-            process.terminate()
-            process.communicate(timeout=10)
 
     def opens(self, url: str) -> str:
         """What the address answers, as soon as the tunnel stands."""
@@ -128,16 +111,17 @@ def lab(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path) -> I
 
 def test_it_waits_prints_at_once_and_what_it_prints_works(lab: Serving) -> None:
     lab.submit(delay=20)
-    waiting = lab.popen("tunnel", "--json", "--local-port", "23111")
+    option, port = wish()
+    waiting = lab.popen("tunnel", "--json", option, port)
     out, err = waiting.communicate(timeout=90)
     printed = time.time()
     assert waiting.returncode == 0, err
     found = json.loads(out)
     assert printed - found["ready"] <= 1
     assert "echo-1/echo: starting on dgx" in err
-    assert found["command"] == f"ssh -N -L localhost:23111:{found['node']}:{found['ports']['http']} login -l alice"
+    assert found["command"] == f"ssh -N -L localhost:{port}:{found['node']}:{found['ports']['http']} login -l alice"
     assert 0 < found["ends"] - printed < 10 * 60
-    with lab.open(found["command"]):
+    with opened(lab.cluster, found["command"]):
         assert lab.opens(found["url"]) == f"200 hello from {found['node']}"
         assert lab.ask(found["url"].partition("?")[0]) == "403 Password or token"
         assert lab.ask(found["url"].replace(found["token"], "x" * 43)) == "403 Password or token"
@@ -146,7 +130,7 @@ def test_it_waits_prints_at_once_and_what_it_prints_works(lab: Serving) -> None:
 def test_all_ports_come_through_one_command(lab: Serving) -> None:
     lab.submit(several=True)
     found = lab.tunnel()
-    with lab.open(found["command"]):
+    with opened(lab.cluster, found["command"]):
         first = found["local_ports"]["http"]
         for local in found["local_ports"].values():
             assert lab.opens(found["url"].replace(str(first), str(local), 1)).startswith("200 ")
@@ -166,7 +150,7 @@ def test_death_at_the_start_is_told_with_its_log(lab: Serving) -> None:
 def test_death_later_and_what_ssh_then_says_is_explained(lab: Serving) -> None:
     lab.submit(lives=6)
     found = lab.tunnel()
-    with lab.open(found["command"]) as ssh:
+    with opened(lab.cluster, found["command"]) as ssh:
         assert lab.opens(found["url"]).startswith("200 ")
         lab.until(lambda rows: rows["echo"]["state"] == "FAILED")
         assert lab.ask(found["url"]).startswith("none")
@@ -201,14 +185,14 @@ def test_requeued_job_gets_a_new_tunnel_and_keeps_its_token(lab: Serving) -> Non
     after = lab.tunnel()
     assert after["job_id"] == before["job_id"]
     assert after["token"] == before["token"]
-    with lab.open(after["command"]):
+    with opened(lab.cluster, after["command"]):
         assert lab.opens(after["url"]).startswith("200 ")
     lab.hpc("cancel")
     again = lab.json("submit", "echo")  # another job of the same run
     assert again["run"] == after["run"]
     third = lab.tunnel()
     assert (third["job_id"] == after["job_id"], third["token"] == after["token"]) == (False, False)
-    with lab.open(third["command"]):
+    with opened(lab.cluster, third["command"]):
         assert lab.opens(third["url"].replace(third["token"], after["token"])).startswith("403 ")
 
 
@@ -222,7 +206,7 @@ def test_jump_leads_to_the_nodes_loopback(lab: Serving) -> None:
         assert found["command"].startswith("ssh -N -J alice@login -L localhost:")
         assert found["command"].endswith(f":localhost:{found['ports']['http']} -l alice dgx01")
         assert lab.ask(f"http://dgx01:{found['ports']['http']}/", node="login").startswith("none")
-        with lab.open(found["command"]):
+        with opened(lab.cluster, found["command"]):
             assert lab.opens(found["url"]) == "200 hello from dgx01"
         said = checks(lab)
         assert "direct: works; jump: works; relay: works" in said["reach"]["found"]
@@ -240,7 +224,7 @@ def test_relay_carries_all_bytes_and_leaves_nothing(lab: Serving) -> None:
     assert (endpoint.read(run.stage("echo")) or pytest.fail("no endpoint")).bound == "127.0.0.1"
     for node in ("login", "dgx02"):
         assert lab.ask(f"http://{found['node']}:{found['ports']['http']}/", node=node).startswith("none")
-    with lab.open(found["command"]):
+    with opened(lab.cluster, found["command"]):
         assert lab.opens(found["url"]) == f"200 hello from {found['node']}"
         assert lab.ask(found["url"].partition("?")[0]).startswith("403 ")
         size = 100_000_000
@@ -273,7 +257,7 @@ def test_relay_whose_process_was_killed_is_started_again(lab: Serving) -> None:
     process = json.loads(socket.with_name(socket.name.replace("-http.sock", ".json")).read_text())["pid"]
     lab.cluster.run("alice", "kill", "-KILL", str(process))
     found = lab.tunnel()
-    with lab.open(found["command"]):
+    with opened(lab.cluster, found["command"]):
         assert lab.opens(found["url"]).startswith("200 ")
     until(lambda: len(lab.steps()) == 3, "the killed one's step has ended")
 
@@ -331,7 +315,7 @@ def test_other_user_finds_no_token_and_no_way_in(lab: Serving, reach: str) -> No
     found = lab.tunnel()
     assert found["token"] in out
     node, port = found["node"], found["ports"]["http"]
-    with lab.open(found["command"]):
+    with opened(lab.cluster, found["command"]):
         assert lab.opens(found["url"]).startswith("200 ")
         for user, machine in (("bob", "login"), ("bob", node), ("bob", "laptop"), ("alice", "login")):
             said = lab.cluster.run(

@@ -47,6 +47,8 @@ class Request:
 
         self.inputs = {k: np.array([v], object if isinstance(v, bytes) else None) for k, v in given.items()}
         self.tokens: list[int] = []
+        self.pieces: list[list[Any]] = []
+        """(tokens, those before them that are decoded with them, begin and end of their text) of each."""
         self.reason, self.error, self.left = "", "", False
         self.done = threading.Event()
         self.late = 0
@@ -66,7 +68,9 @@ class Request:
         if response.error is not None:
             self.error = str(response.error)
         elif response.found:
-            self.tokens += response.found["output_ids"].reshape(-1).tolist()
+            names = ("output_ids", "context_ids", "text_begin", "text_end")
+            self.pieces.append([response.found[name].reshape(-1).tolist() for name in names])
+            self.tokens += self.pieces[-1][0]
             self.reason = response.found["finish_reason"].flat[0].decode()
         if flags & LAST:
             self.done.set()
@@ -82,7 +86,8 @@ class Engine:
     def __init__(self, made: Any, folder: str, **parameters: Any) -> None:
         told = {
             "gpt_model_path": folder, "tokenizer_dir": folder, "max_seq_len": "0", "max_batch_size": "16",
-            "max_tokens_in_cache": "0", "exclude_input_in_output": "true", "skip_special_tokens": "true", **parameters,
+            "max_tokens_in_cache": "0", "exclude_input_in_output": "true", "skip_special_tokens": "true",
+            "stream_interval_ms": "0", **parameters,
         }  # fmt: skip
         words = {k: {"string_value": str(v)} for k, v in told.items()}
         policy = {"decoupled": True}
@@ -113,6 +118,19 @@ def several() -> list[Request]:
     return [*greedy, *drawn, *stopped]
 
 
+def in_intervals(made: Any, folder: str, seen: dict[str, Any]) -> Any:
+    """The end of one whose tokens share pieces; what it took, and whether its pieces' texts are the whole text."""
+    engine, request = Engine(made, folder, stream_interval_ms=50), Request(PROMPTS[1], 400, min_tokens=400)
+    began = time.monotonic()
+    engine.ask(request)
+    seen["interval_s"] = time.monotonic() - began
+    seen["interval"] = [len(tokens) for tokens, *_ in request.pieces]
+    texts = [engine.model.decode(before + new)[begin:end] for new, before, (begin,), (end,) in request.pieces]
+    seen["whole"] = "".join(texts) == engine.model.decode(request.tokens)
+    engine.model.finalize()
+    return request.end
+
+
 def until(true: Any) -> None:
     deadline = time.monotonic() + 60
     while not true():
@@ -140,6 +158,7 @@ def main(code: str, folder: str) -> None:
     seen["together"] = engine.ask(*several())
     seen["rows"] = max(count for kind, count in engine.log if kind == "step")
 
+    seen["same"] = engine.ask(Request(PROMPTS[1], 400, min_tokens=400))[0] == in_intervals(made, folder, seen)
     running = [Request(prompt, 400, min_tokens=400) for prompt in PROMPTS[:3]]
     engine.ask(*running, wait=False)
     until(lambda: all(len(request.tokens) > 5 for request in running))

@@ -37,6 +37,7 @@ class TritonPythonModel:
         self.limit = min(limit, settings["context_length"]) if limit else settings["context_length"]
         self.places = max(1, int(parameters["max_batch_size"]))
         self.budget = int(parameters["max_tokens_in_cache"]) or self.places * self.limit
+        self.interval = int(parameters["stream_interval_ms"]) / 1000
         self.exclude = parameters["exclude_input_in_output"] == "true"
         skip = parameters["skip_special_tokens"] == "true"
         tokenizer = Tokenizer.from_file(str(Path(parameters["tokenizer_dir"]) / "tokenizer.json"))
@@ -282,6 +283,8 @@ class _Job:
             penalty=float(_value(request, "repetition_penalty", 1.0)),
         )
         self.streamer = Streamer(engine.decode, self.stops) if self.stream or self.stops else None
+        self.unsent, self.sent = False, 0.0
+        """Whether text waits for its piece, and when the last one was sent."""
         self.length = 0
         """Tokens in the cache."""
         self.row = None
@@ -317,14 +320,16 @@ class _Job:
         self.tokens.append(token)
         self.new.append(token)
         full = len(self.tokens) >= self.count
-        text = self.streamer.push([token], last=full) if self.streamer else ""
-        if self.streamer and self.streamer.stopped:
-            return self.end("stop")
+        if self.streamer:
+            self.streamer.push([token], last=full, kept=self.unsent)
+            self.unsent = self.stream and self.streamer.begin < self.streamer.end
+            if self.streamer.stopped:
+                return self.end("stop")
         if any(self.tokens[-len(s) :] == s for s in self.sequences):
             return self.end("stop")
         if full:
             return self.end("length")
-        if self.stream and text:
+        if self.unsent and time.monotonic() - self.sent >= self.engine.interval:
             self._piece("")
         return None
 
@@ -340,13 +345,13 @@ class _Job:
                 self._respond(self.prompt + self.tokens, [], 0, place + shift if place >= 0 else -1, reason)
         else:
             if reason in ("stop", "cancelled") and not self.streamer.stopped:
-                self.streamer.push([], last=True)
+                self.streamer.push([], last=True, kept=self.unsent)
             self._piece(reason)
 
     def _piece(self, reason):
-        before = self.streamer.window[: len(self.streamer.window) - len(self.new)]
+        before = self.streamer.window[: max(0, len(self.streamer.window) - len(self.new))]
         self._respond(self.new, before, self.streamer.begin, self.streamer.end, reason)
-        self.new = []
+        self.new, self.unsent, self.sent = [], False, time.monotonic()
 
     def _respond(self, tokens, before, begin, end, reason):
         def make():
