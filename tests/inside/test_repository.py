@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hpc.core.assets import TEMPLATES
-from hpc.core.errors import HpcError, VerificationFailed
+from hpc.core.errors import HpcError, UsageError, VerificationFailed
 from hpc.inside import pbtxt, repository
 from hpc.inside.repository import ENGINES, Settings
 from stages import serve
@@ -100,6 +101,24 @@ def test_llmapi_needs_the_images_own_code(tmp_path: Path, image: Path) -> None:
     (image / "model.py").unlink()
     with pytest.raises(HpcError, match=r"model\.py is not there"):
         render(tmp_path, "llmapi", Settings())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size must be 1 or more"),
+        ({"stream_interval_ms": -1}, "stream_interval_ms must be 0 or more"),
+        ({"successors": -1}, "successors must be 0 or more"),
+        ({"handover_min": 0}, "handover_min 1 or more"),
+        ({"lora_cache_fraction": 0.0}, "more than 0, and 1 at most"),
+        ({"extra": ("alone",)}, "'alone' is not name=value"),
+        ({"vendor_repository": "/app"}, "is for tensorrt_llm alone"),
+    ],
+)
+def test_settings_that_could_not_work_are_refused(wrong: dict[str, Any], told: str) -> None:
+    serve.check(serve.ServeConfig(engine="onnxruntime_genai"))
+    with pytest.raises(UsageError, match=told):
+        serve.check(serve.ServeConfig(engine="onnxruntime_genai", **wrong))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
