@@ -165,10 +165,14 @@ def _versions() -> dict[str, str]:
         "transformers",
         "trl",
         "peft",
+        "accelerate",
         "datasets",
         "bitsandbytes",
         "langdetect",
         "safetensors",
+        "lm_eval",
+        "onnxruntime",
+        "onnxruntime_genai",
     ):
         if name in sys.modules:
             try:

@@ -96,7 +96,7 @@ def program(own: Path) -> tuple[str, Mapping[str, str]]:
     script.chmod(0o700)
     libraries = [str(wheel.parent / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # the stub's Python is the first on PATH
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
+    tunables = ":".join(filter(None, (_HUGE_PAGES, os.environ.get("GLIBC_TUNABLES"))))
     return str(script), {
         "LD_LIBRARY_PATH": ":".join(libraries), "PATH": path, "ORT_DISABLE_TELEMETRY": "1", "GLIBC_TUNABLES": tunables,
     }  # fmt: skip

@@ -33,9 +33,13 @@ class Result:
     """error.json of the attempt; empty where there was no error."""
 
     @property
+    def manifest(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        return document
+
+    @property
     def metrics(self) -> dict[str, Any]:
-        document = json.loads((self.folder / "manifest.json").read_text())
-        metrics: dict[str, Any] = document["metrics"]
+        metrics: dict[str, Any] = self.manifest["metrics"]
         return metrics
 
     @property

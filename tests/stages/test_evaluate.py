@@ -163,6 +163,7 @@ def test_tasks_of_lm_eval_from_local_files(
     options = {"answers": 0, "tasks": ("faq", "reading"), "task_folder": str(folder)}
     done = run_stage("evaluate", inputs, **options)
     assert done.code == 0, done.error
+    assert {"torch", "transformers", "accelerate", "lm_eval"} <= done.manifest["versions"].keys()
     written = json.loads(done.out("report.json").read_text())
     assert written["tuned"]["figures"]["faq acc"] == 1.0
     assert set(written["base"]["figures"]) == set(written["tuned"]["figures"])
