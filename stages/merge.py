@@ -88,6 +88,8 @@ def run(config: MergeConfig, ctx: Context) -> None:
     by_peft = merging.only_peft(weighted, entries, base)
     if by_peft and len(weighted) > 1:
         raise Refused(f"these adapters can't be merged together: {by_peft}", hint="merge one alone: peft does it")
+    if by_peft and weighted[0][1] != 1:
+        raise Refused(f"this adapter can't be weighted: {by_peft}", hint="leave merge.weights out: peft adds it whole")
     with models.written_whole(ctx.outputs["model"], readable=config.readable) as part:
         if by_peft:
             ctx.progress(0, 1, f"merging by peft: {by_peft}")

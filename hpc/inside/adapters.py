@@ -49,7 +49,7 @@ def base_of(folder: Path) -> str:
 
 
 def read(folder: Path) -> Adapter:
-    """The adapter in a folder; HpcError where there is none that is safe to read."""
+    """The adapter in a folder; HpcError where there is none that is safe to read, or where a part of it lacks."""
     config = _config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -65,10 +65,13 @@ def read(folder: Path) -> Adapter:
             beyond = beyond or f"it has {name}"
         else:
             pairs.setdefault(match[1], {})[match[2]] = entry
+    half = next((module for module, pair in pairs.items() if len(pair) == 1), "")
+    if half or not entries:
+        what = f"one of the two matrices for {half}" if half else "every matrix"
+        raise VerificationFailed(f"{file} lacks {what}", hint="the copy may be incomplete: save the adapter again")
     factors = {
         f"{module}.weight": Factor(a=pair["A"], b=pair["B"], scale=_scale(module, pair["A"].shape[0], config))
         for module, pair in pairs.items()
-        if len(pair) == 2
     }
     return Adapter(folder=folder, factors=factors, beyond=beyond)
 

@@ -118,11 +118,10 @@ class Fetcher:
                 if gguf
                 else "take another model",
             )
-        chosen = [name for name in pickles if re.fullmatch(r"pytorch_model.*\.bin", name)] or pickles
         with self._aside() as folder:
-            self._repo(everything.only([*MODEL_FILES, *chosen], without=("*/*", "*.index.json")), token, folder)
-            self._unpickled(folder, [folder / name for name in chosen], part)
-        return {"source": given, "commit": found.commit, "converted": chosen}
+            self._repo(everything.only([*MODEL_FILES, *pickles], without=("*/*", "*.index.json")), token, folder)
+            self._unpickled(folder, [folder / name for name in pickles], part)
+        return {"source": given, "commit": found.commit, "converted": pickles}
 
     def _model_of_url(self, given: str, part: Path) -> dict[str, Any]:
         address, digest = url_of(given)

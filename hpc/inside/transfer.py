@@ -81,6 +81,7 @@ def download(
         tries = 0
         while not stop():
             before = _size(part)
+            touch()
             try:
                 if _append(remote, part, tell, stop, touch):
                     verify(part, remote.expected, remote.url, touch)
@@ -157,7 +158,7 @@ def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], to
         have = out.tell() if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         whole = have + int(length) if length else None
-        while chunk := answer.read(_CHUNK):
+        while chunk := answer.read1(_CHUNK):  # what has come: a slow one must touch the lock too
             out.write(chunk)
             have += len(chunk)
             tell(have)

@@ -8,8 +8,10 @@ tensors and nothing else.
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from hpc.core.errors import HpcError, VerificationFailed
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
+_BESIDE = ("training_args.bin", "optimizer.*", "scheduler.*", "scaler.*", "rng_state*")
+"""What a trainer leaves beside the weights: nothing of the model."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_SHARD_NAME = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _SHARD = 4 << 30
 _HEADER = 100 << 20
 
@@ -33,9 +39,19 @@ def check(folder: Path) -> int:
                     f"{folder} lacks {name}, or {tensor} in it, which its index names",
                     hint="the download or copy is not complete",
                 )
+    for name in named:
+        if (shard := _SHARD_NAME.fullmatch(name)) and (missing := _missing(shard, named)):
+            raise VerificationFailed(f"{folder} lacks {missing}", hint="the download or copy is not complete")
     if not files:
         raise VerificationFailed(f"{folder} has no .safetensors file", hint="the download or copy may be incomplete")
     return sum(path.stat().st_size for path in files)
+
+
+def _missing(shard: re.Match[str], named: Collection[str]) -> str:
+    """The first of the shards that this one counts, and that are not among the names."""
+    head, digits, total = shard[1], len(shard[2]), int(shard[3])
+    wanted = (f"{head}-{number:0{digits}}-of-{shard[3]}.safetensors" for number in range(1, total + 1))
+    return next((name for name in wanted if name not in named), "")
 
 
 def tensors(path: Path) -> set[str]:
@@ -56,8 +72,9 @@ def tensors(path: Path) -> set[str]:
 
 
 def refuse(names: Iterable[str], where: str, allowed: Sequence[str]) -> list[str]:
-    """The pickles among the names, all of them asked for by name; else an HpcError that says how."""
-    found = sorted(name for name in names if name.endswith(PICKLES))
+    """The pickles of weights among the names, all of them asked for by name; else an HpcError that says how."""
+    found = sorted(name for name in names if name.endswith(PICKLES) and not any(fnmatch(name, b) for b in _BESIDE))
+    found = [name for name in found if re.fullmatch(r"pytorch_model.*\.bin", name)] or found
     refused = [name for name in found if Path(name).name not in allowed and name not in allowed]
     if refused:
         raise HpcError(
@@ -98,7 +115,7 @@ def loaded(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise VerificationFailed(
-            f"{path} is no file of tensors alone: {str(error).splitlines()[0][:200]}",
+            f"{path} is no file of tensors alone: {_COLOUR.sub('', str(error)).splitlines()[0][:200]}",
             hint="it holds code or is broken; take a model with safetensors",
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -117,6 +117,22 @@ def test_a_dead_jobs_lock_is_taken_over_and_a_living_ones_is_not(hub: Hub, tmp_p
     assert (tmp_path / "big").exists()
 
 
+def test_a_slow_transfer_keeps_its_lock(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower than a chunk in the time after which a lock is taken for a dead job's."""
+    monkeypatch.setattr(transfer, "_STALE_S", 0.6)
+    monkeypatch.setattr(transfer, "_TOUCH_S", 0.05)
+    monkeypatch.setattr(transfer, "_WAIT_S", 0.1)
+    hub.pace_s = 0.2
+    hub.files["big"] = DATA[: 7 << 16]
+    jobs = [threading.Thread(target=transfer.download, args=(remote(hub), tmp_path / "big")) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert len(hub.asked) == 1
+    assert (tmp_path / "big").read_bytes() == hub.files["big"]
+
+
 def test_the_rate_tells_what_is_left() -> None:
     said: list[str] = []
     rate = transfer.Rate(4_000_000, lambda done, total, text: said.append(text), "org/name")

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import UsageError, VerificationFailed
-from hpc.inside import tiktokens
+from hpc.inside import tiktokens, weights
 from stages import fetch
 
 from ..support.hub import COMMIT, Hub, serving
@@ -236,12 +237,14 @@ def pickled(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.train
 def test_pickles_are_refused_unless_they_are_named(pickled: Path, tiny_model: Path, run_stage: RunStage) -> None:
+    (pickled / "training_args.bin").write_bytes(b"what a trainer leaves there: code")
     refused = run_stage("fetch", model=str(pickled))
     assert "holds its weights as pickles" in refused.error["cause"]
     assert 'fetch.pickles = ["pytorch_model.bin"]' in refused.error["hint"]
     named = run_stage("fetch", folder="named", model=str(pickled), pickles=("pytorch_model.bin",))
     assert named.code == 0, named.error
     assert same_weights(named.out("model"), tiny_model)
+    assert not (named.out("model") / "training_args.bin").exists()
 
 
 class _Harm:
@@ -259,7 +262,20 @@ def test_a_pickle_with_code_in_it_runs_nothing(
     torch.save({"x": _Harm()}, pickled / "pytorch_model.bin")
     result = run_stage("fetch", model=str(pickled), pickles=("pytorch_model.bin",))
     assert result.code == 6
+    assert "\x1b" not in result.error["cause"]
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_shard_that_lacks_is_named(tmp_path: Path) -> None:
+    """Also where no index says which there must be."""
+    header = json.dumps({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    for number in (1, 3):
+        shard = tmp_path / f"model-{number:05}-of-00003.safetensors"
+        shard.write_bytes(struct.pack("<Q", len(header)) + header + b"x")
+    with pytest.raises(VerificationFailed, match=r"lacks model-00002-of-00003\.safetensors"):
+        weights.check(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").write_bytes(shard.read_bytes())
+    assert weights.check(tmp_path) == 3 * shard.stat().st_size
 
 
 def same_weights(one: Path, other: Path) -> bool:

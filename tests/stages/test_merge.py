@@ -163,6 +163,11 @@ def test_a_broken_adapter_is_refused(run_stage: RunStage, adapter: Path, tmp_pat
     result = run_stage("merge", {"adapter": broken})
     assert result.code == 6
     assert "not finite" in result.error["cause"]
+    weights.pop(next(name for name in weights if ".lora_B." in name))
+    for left, told in ((weights, "one of the two matrices for model.layers.0."), ({}, "every matrix")):
+        save_file(left, broken / "adapter_model.safetensors", metadata={"format": "pt"})
+        result = run_stage("merge", {"adapter": broken}, folder=f"of-{len(left)}")
+        assert (result.code, f"lacks {told}" in result.error["cause"]) == (6, True), result.error
 
 
 @pytest.mark.train
@@ -249,6 +254,8 @@ def test_several_adapters_are_added_by_their_weights(
     dora = make_adapter(tiny_model, tmp_path / "dora", use_dora=True)
     result = run_stage("merge", {"adapter": adapter}, folder="refused", more_adapters=(str(dora),))
     assert (result.code, "DoRA" in result.error["cause"]) == (3, True)
+    result = run_stage("merge", {"adapter": dora}, folder="alone", weights=(0.5,))
+    assert (result.code, "can't be weighted: it is a DoRA" in result.error["cause"]) == (3, True)
 
 
 def test_weights_must_fit_the_adapters() -> None:
