@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -66,16 +67,37 @@ def test_a_piece_is_told_by_its_place_in_the_window() -> None:
         assert len(streamer.window) < 50
 
 
-def test_what_is_kept_is_a_part_of_the_next_piece() -> None:
-    numbers, streamer, said, kept = random.Random(1), text.Streamer(by_bytes), "", ""
-    for token in (TEXT * 9).encode():
-        kept += streamer.push([token], kept=bool(kept))
-        piece = by_bytes(streamer.window)[streamer.begin : streamer.end]
-        assert piece == kept
-        if numbers.random() < 0.2:
-            said, kept = said + piece, ""
-    assert len(streamer.window) < 90
-    assert said + kept == TEXT * 9
+def skipping(decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
+    """A decoder for which tokens from 1000 on are special: they have no text."""
+    return lambda tokens: decode([token for token in tokens if token < 1000])
+
+
+@pytest.mark.parametrize("decode", [by_bytes, by_fallback, skipping(by_fallback)])
+@pytest.mark.parametrize("stop", ["", "naï", "👧 끝"])
+def test_pieces_of_several_tokens_are_the_whole_text(decode: Callable[[list[int]], str], stop: str) -> None:
+    """Whenever they are taken, and wherever it ends: what was certain once is never lost, nor broken."""
+    numbers = random.Random(1)
+    for _ in range(300):
+        tokens = []
+        for character in (TEXT * 3)[: numbers.randrange(1, 60)]:
+            special = decode not in (by_bytes, by_fallback) and numbers.random() < 0.1
+            tokens += [*character.encode(), *([1000] * numbers.choice([1, 12]) if special else [])]
+        tokens = tokens[: len(tokens) - numbers.randrange(3)]
+        often = numbers.choice([0.0, 0.1, 0.5, 1.0])
+        pieces, said = text.Pieces(text.Streamer(decode, [stop])), []
+        for token in tokens:
+            said.append(pieces.add(token))
+            if pieces.streamer.stopped:
+                break
+            if pieces.kept and numbers.random() < often:
+                said.append(pieces.take())
+        said.append(pieces.take() if pieces.streamer.stopped else pieces.rest())
+        sent = [piece for piece in said if piece is not None]
+        assert [token for new, *_ in sent for token in new] == tokens[: sum(len(new) for new, *_ in sent)]
+        shown = "".join(decode(before + new)[begin:end] for new, before, begin, end in sent)
+        whole = bytes(token for token in tokens if token < 1000).decode(errors="ignore").partition(stop or "-")[0]
+        assert shown.rstrip("\ufffd") == whole
+        assert len(pieces.streamer.window) < 150 or not often
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from choice import Choice
 from rows import Rows, threads
-from text import Streamer, first
+from text import Pieces, Streamer, first
 from tokenizers import Tokenizer
 
 _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -118,6 +118,8 @@ class TritonPythonModel:
                     prompt = prompt or self._next(running)
                     if prompt is None:
                         break
+                    for job in running:
+                        job.flush()
                     room -= self._read(prompt, running, room)
                     prompt = None if prompt.ended or prompt.tokens else prompt
                 if running:
@@ -283,12 +285,11 @@ class _Job:
             penalty=float(_value(request, "repetition_penalty", 1.0)),
         )
         self.streamer = Streamer(engine.decode, self.stops) if self.stream or self.stops else None
-        self.unsent, self.sent = False, 0.0
-        """Whether text waits for its piece, and when the last one was sent."""
+        self.pieces, self.sent = Pieces(self.streamer), 0.0
         self.length = 0
         """Tokens in the cache."""
         self.row = None
-        self.tokens, self.new = [], []
+        self.tokens = []
         self.ended = False
 
     def read(self, row, room):
@@ -318,20 +319,30 @@ class _Job:
         if token in self.ends:
             return self.end("stop")
         self.tokens.append(token)
-        self.new.append(token)
         full = len(self.tokens) >= self.count
         if self.streamer:
-            self.streamer.push([token], last=full, kept=self.unsent)
-            self.unsent = self.stream and self.streamer.begin < self.streamer.end
+            self._hear(token, full)
             if self.streamer.stopped:
                 return self.end("stop")
         if any(self.tokens[-len(s) :] == s for s in self.sequences):
             return self.end("stop")
         if full:
             return self.end("length")
-        if self.unsent and time.monotonic() - self.sent >= self.engine.interval:
-            self._piece("")
+        if time.monotonic() - self.sent >= self.engine.interval:
+            self.flush()
         return None
+
+    def _hear(self, token, last):
+        if not self.stream:
+            self.streamer.push([token], last)
+        elif (piece := self.pieces.add(token, last)) is not None:
+            self._respond(*piece, "")
+
+    def flush(self):
+        """Send what is certain."""
+        if self.pieces.kept:
+            self._respond(*self.pieces.take(), "")
+            self.sent = time.monotonic()
 
     def end(self, reason):
         self.ended = True
@@ -344,14 +355,8 @@ class _Job:
                 shift = len(self.engine.decode(self.prompt)) if place >= 0 else 0
                 self._respond(self.prompt + self.tokens, [], 0, place + shift if place >= 0 else -1, reason)
         else:
-            if reason in ("stop", "cancelled") and not self.streamer.stopped:
-                self.streamer.push([], last=True, kept=self.unsent)
-            self._piece(reason)
-
-    def _piece(self, reason):
-        before = self.streamer.window[: max(0, len(self.streamer.window) - len(self.new))]
-        self._respond(self.new, before, self.streamer.begin, self.streamer.end, reason)
-        self.new, self.unsent, self.sent = [], False, time.monotonic()
+            whole = reason in ("stop", "cancelled") and not self.streamer.stopped
+            self._respond(*(self.pieces.rest() if whole else self.pieces.take()), reason)
 
     def _respond(self, tokens, before, begin, end, reason):
         def make():
