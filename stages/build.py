@@ -114,15 +114,20 @@ def size(config: BuildConfig, around: Around) -> tuple[Resources, tuple[str, ...
         notes = (*notes, lorarrays.judge(config, lorarrays.read_sizes(config), architecture, shape))
     if "tensorrt-llm" in around.versions:
         trtllm.release(around.versions["tensorrt-llm"])
-    nodes = max(1, config.nodes)
-    workers = min(math.ceil(config.tp_size * config.pp_size / nodes), around.node_gpus or 8)
+    world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
+    if world % nodes:
+        raise Refused(
+            f"build: {world} ranks cannot be divided among {nodes} nodes",
+            hint="build.nodes must divide tp_size × pp_size; 0: one node builds them all",
+        )
+    workers = min(world // nodes, around.node_gpus or 8)
     if nodes > 1:
         notes = (*notes, f"build: {nodes} nodes with {workers} ranks of MPI each")
         asked = replace(asked, nodes=nodes, tasks_per_node=workers)
     if shape is None:
         return replace(asked, gpus_per_node=workers), notes
     # measured with 7 B in float16: an engine of 12.9 GB took 29 GB of host memory at its peak
-    rank_gib = shape.parameters * 2 / GIB / (config.tp_size * config.pp_size)
+    rank_gib = shape.parameters * 2 / GIB / world
     memory = math.ceil(2.4 * rank_gib * workers) + 8
     cpus = 4 if nodes > 1 else max(8, 2 * workers)
     return replace(asked, gpus_per_node=workers, mem_gb=memory, cpus_per_task=cpus), notes

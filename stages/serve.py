@@ -130,6 +130,8 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         matching.refuse_early(Path(config.engine_dir), config, around.versions)
     if config.engine == "onnxruntime_genai":
         return asked, ()
+    if config.engine == "llmapi":
+        _refuse_for_llmapi(config)
     notes = engines.judged("serve", config, around)
     world = config.tp_size * config.pp_size
     nodes = config.nodes or math.ceil(world / (around.node_gpus or world))
@@ -142,6 +144,17 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
         notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")
     return _divided(asked, world, nodes, config.private), notes
+
+
+def _refuse_for_llmapi(config: ServeConfig) -> None:
+    """Refused where a setting asks for what only a built engine has."""
+    if config.quantization != "none":
+        raise Refused(
+            f"llmapi serves the model's files as they are: it can't make them {config.quantization}",
+            hint='set build.quantization = "none", and give a model that is quantised already',
+        )
+    if config.kv_cache == "int8":
+        raise Refused("llmapi has no int8 KV cache", hint='set build.kv_cache to "auto" or "fp8"')
 
 
 def check(config: ServeConfig) -> None:
@@ -230,6 +243,8 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         max_attention_window_size=config.attention_window or None,
         enable_kv_cache_reuse=config.kv_cache_reuse,
         enable_chunked_context=config.chunked_context,
+        kv_cache_dtype=config.kv_cache,
+        dtype=config.dtype,
         enable_lora=bool(config.adapters),
         lora_config=lora_config([folder for _, folder in named(config)]) if config.adapters else "null",
         tensor_parallel_size=config.tp_size,

@@ -87,7 +87,8 @@ def estimate(shape: Shape, card: Card, way: Division) -> Estimate:
     width = FLOATS[way.dtype]
     layers = math.ceil(shape.layers / way.pp)
     linear = shape.linear / shape.layers * layers / way.tp
-    embedding = shape.embedding * width * (1 if way.pp > 1 or shape.tied else 2) / way.tp
+    # the table of the input is whole on every rank (convert's --use_parallel_embedding is off), the output's is divided
+    embedding = shape.embedding * width * (1 if way.pp > 1 or shape.tied else 1 + 1 / way.tp)
     per_value = PRECISIONS[way.quantization].bytes if way.quantization != "none" else width
     weights = linear * per_value + embedding
     activations = way.max_num_tokens * (4 * shape.hidden + 2 * shape.intermediate / way.tp) * width
@@ -214,8 +215,8 @@ def nearest(shape: Shape | None, card: Card | None, node_gpus: int | None, way: 
 
 
 def smallest(shape: Shape, card: Card, node_gpus: int | None, way: Division) -> Division | None:
-    """The way on the fewest GPUs, tensor before pipeline parallelism; None where none works."""
-    for tp, pp in sorted(_grid(shape, card, node_gpus), key=lambda p: (p[0] * p[1], p[1])):
+    """The way on the fewest GPUs, tensor before pipeline parallelism but over PCIe; None where none works."""
+    for tp, pp in sorted(_grid(shape, card, node_gpus), key=lambda p: (p[0] * p[1], p[0] > card.nvlink, p[1])):
         tried = replace(way, tp=tp, pp=pp)
         if not problem(shape, card, node_gpus, tried):
             return tried
@@ -233,7 +234,7 @@ def _grid(shape: Shape | None, card: Card | None, node_gpus: int | None) -> list
     if card is not None and card.slice:
         return [(1, 1)]
     widest = tp_domain(card, node_gpus) or 8
-    stages = [n for n in (1, 2, 4, 8, 16) if shape is None or n <= shape.layers]
+    stages = [n for n in range(1, 17) if shape.layers % n == 0] if shape else [1, 2, 4, 8, 16]
     return [(tp, pp) for tp in range(1, min(widest, 72) + 1) for pp in stages]
 
 

@@ -63,6 +63,8 @@ class Settings:
     """The names of adapters that lie beside a TensorRT engine and their tasks, as JSON; a request may give one."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     enable_lora: bool = False
     lora_config: str = "null"
     """For llmapi, as YAML in one line."""
@@ -94,6 +96,9 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
         "prompt_embedding_table_data_type": "TYPE_FP16",
         "stop_words_as": "text" if engine == "onnxruntime_genai" else "tokens",
         "max_tokens_in_cache": settings.max_tokens_in_paged_kv_cache or 0,
+        "llm_max_seq_len": settings.max_seq_len or "null",
+        "llm_kv_tokens": settings.max_tokens_in_paged_kv_cache or "null",
+        "llm_window": f"[{settings.max_attention_window_size}]" if settings.max_attention_window_size else "null",
     }
     parameters = {"gpt_model_type": settings.batching_strategy, **{n: found[n] for n in _ENGINE_PARAMETERS}}
     texts = {name: _word(value) for name, value in found.items() if value is not None}

@@ -76,7 +76,7 @@ class Streamer:
 
 
 class Pieces:
-    """What is sent of a growing answer: tokens, those before them that they are read with, begin and end of their text."""
+    """What is sent of a growing answer: tokens, those before them for their decoding, begin and end of their text."""
 
     def __init__(self, streamer):
         self.streamer = streamer
@@ -85,7 +85,7 @@ class Pieces:
         self._new = []
 
     def add(self, token, last=False):
-        """One more token. The piece that must leave before it, where with it the text that is kept would read otherwise.
+        """One more token. The piece that must leave before it, where with it the kept text would read otherwise.
 
         Decoders that take a run of bytes for one text break all of it until its last character is whole.
         """

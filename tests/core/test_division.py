@@ -44,9 +44,29 @@ def test_llama_2_7b_on_an_a100() -> None:
 
 
 def test_two_gpus_hold_half_of_the_weights_and_of_each_token() -> None:
+    """But for the table of embeddings, which each holds whole."""
     one, two = (division.estimate(SMALL, A100, Division(tp=n)) for n in (1, 2))
-    assert two.weights_gib == pytest.approx(one.weights_gib / 2)
+    table = SMALL.vocab * SMALL.hidden * 2 / 2**30
+    assert two.weights_gib == pytest.approx((one.weights_gib - table) / 2 + table)
     assert two.kv_token_bytes == one.kv_token_bytes / 2
+
+
+def test_layers_that_no_power_of_two_divides() -> None:
+    """Llama-405B has 126: on cards of 40 GiB three, six or seven stages hold it, and neither two nor four."""
+    huge = replace(LARGE, layers=126, hidden=16384, heads=128, intermediate=53248)
+    small = gpus.CARDS["A100-40"]
+    found = division.smallest(huge, small, 8, Division(dtype="bfloat16"))
+    assert found is not None
+    assert (found.tp, found.pp) == (8, 3)
+    near = division.nearest(huge, small, 8, Division(dtype="bfloat16", tp=8, pp=5))
+    assert near == Division(dtype="bfloat16", tp=8, pp=6)
+
+
+def test_what_is_chosen_does_not_go_over_pcie_where_stages_do() -> None:
+    card = gpus.CARDS["L40S"]
+    found = division.smallest(LARGE, card, 8, Division())
+    assert found is not None
+    assert (found.tp, division.slow(card, found)) == (1, "")
 
 
 def test_more_gpus_than_kv_heads_hold_copies() -> None:

@@ -95,7 +95,7 @@ def test_the_plan_tells_what_lies_on_each_gpu() -> None:
     made = both(tp_size=2)
     (note,) = made.notes
     assert note == (
-        "build: 2 × A100-80 (TP2 × PP1): 6.74 B parameters, weights 6.3 GiB, KV budget 266,523 tokens per GPU"
+        "build: 2 × A100-80 (TP2 × PP1): 6.74 B parameters, weights 6.4 GiB, KV budget 266,073 tokens per GPU"
         " (0.25 MiB per token)"
     )
 
@@ -288,6 +288,15 @@ def test_an_engine_of_more_gpus_than_a_node_has_is_served_on_as_few_nodes_as_hol
     assert (shared.resources.nodes, shared.resources.gpus_per_node, shared.resources.exclusive) == (4, 2, False)
     with pytest.raises(Refused, match="16 ranks cannot be divided among 3 nodes"):
         serving(tp_size=8, pp_size=2, nodes=3)
+    with pytest.raises(Refused, match="build: 16 ranks cannot be divided among 3 nodes"):
+        both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=3)
+
+
+def test_llmapi_makes_nothing_smaller_than_the_models_files() -> None:
+    with pytest.raises(Refused, match="can't make them int4"):
+        serving(tp_size=8, quantization="int4")
+    with pytest.raises(Refused, match="no int8 KV cache"):
+        serving(tp_size=8, kv_cache="int8")
 
 
 def test_untyped_gres_takes_the_partitions_only_type() -> None:

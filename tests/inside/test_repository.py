@@ -77,6 +77,15 @@ def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:
     assert repository.decoupled(config(made, "tensorrt_llm"))
     text = (made / "tensorrt_llm" / "1" / "model.yaml").read_text()
     assert 'model: "/e"' in text
+    for line in ("dtype: auto", "max_batch_size: 64", "max_seq_len: null", "  max_tokens: null",
+                 "  max_attention_window: null", "  enable_block_reuse: false"):  # fmt: skip
+        assert f"\n{line}\n" in text
+    asked = Settings(max_seq_len=4096, max_tokens_in_paged_kv_cache=9999, max_attention_window_size=512,
+                     enable_kv_cache_reuse=True, kv_cache_dtype="fp8", engine_max_batch_size=8)  # fmt: skip
+    told = (render(tmp_path, "llmapi", asked) / "tensorrt_llm" / "1" / "model.yaml").read_text()
+    for line in ("max_batch_size: 8", "max_seq_len: 4096", "  max_tokens: 9999", "  max_attention_window: [512]",
+                 "  enable_block_reuse: true", "  dtype: fp8"):  # fmt: skip
+        assert f"\n{line}\n" in told
     assert "decoupled: true" in text
     assert "${" not in text
     assert (made / "tensorrt_llm" / "1" / "model.py").read_text() == "# the vendor's"
