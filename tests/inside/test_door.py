@@ -1,0 +1,67 @@
+"""The door, asked over HTTP: what is wrong is told in OpenAI's form, and nothing of it in the log. Triton is a stub."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hpc.inside.door import Door
+
+pytestmark = [pytest.mark.train, pytest.mark.extras]
+TOKEN = "a-token"
+WITH_TOKEN = f"Authorization: Bearer {TOKEN}".encode()
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    if "CI" not in os.environ:
+        pytest.importorskip("aiohttp", reason="RINGS=train runs it in .venvs/train-extras")
+    yield
+    assert not caplog.records
+
+
+def asked(path: str, *headers: bytes, body: bytes = b"") -> tuple[int, dict[str, Any]]:
+    """(status, the answer's JSON) for a request with these very bytes."""
+    from aiohttp import web
+
+    async def ask() -> bytes:
+        door = Door(TOKEN, "http://127.0.0.1:1")
+        runner = web.AppRunner(door.app(), access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
+            first = b"%s %s HTTP/1.1" % (b"POST" if body else b"GET", path.encode())
+            length = b"Content-Length: %d" % len(body)
+            lines = [first, b"Host: door", b"Connection: close", length, *headers, b"", body]
+            writer.write(b"\r\n".join(lines).replace(b"COOKIE", door._cookie.encode()))
+            answer = await reader.read()
+            writer.close()
+            return answer
+        finally:
+            await runner.cleanup()
+
+    head, _, text = asyncio.run(asyncio.wait_for(ask(), 20)).partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"Authorization: Bearer \xff", b"Cookie: COOKIE=\xff", b"Cookie: COOKIE=a-token\r\nOrigin: http://["],
+)
+def test_whoever_has_no_token_is_refused_whatever_it_sends(header: bytes) -> None:
+    code, said = asked("/health", header)
+    assert (code, "asks for its token" in said["error"]["message"]) == (401, True)
+
+
+def test_the_cookie_is_for_our_own_pages() -> None:
+    cookie = b"Cookie: COOKIE=a-token"
+    assert asked("/health", cookie)[0] == asked("/health", cookie, b"Origin: http://door")[0] == 503  # not ready yet
+    for other in (b"http://elsewhere", b"null"):
+        assert asked("/health", cookie, b"Origin: " + other)[0] == 401
