@@ -28,6 +28,7 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 WANTS_TOKEN = "this service asks for its token: `hpc tunnel` shows the address with it"
 ENDING = "this service is ending"
+NESTED = "the body is nested too deeply"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -152,7 +153,10 @@ class Door:
         body = await request.read()
         number = ""
         if not request.path.endswith("/infer"):
-            number, body = _with_id(body)
+            try:
+                number, body = _with_id(body)
+            except RecursionError:
+                return error(400, NESTED, "invalid_request_error")
         return await self.follow(request, address, body, number)
 
     async def follow(self, request: Request, address: str, body: bytes, number: str) -> Response:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from hpc.inside.chat import Template
 from hpc.inside.door import Door
+from hpc.inside.openai import Api, Served
 
 pytestmark = [pytest.mark.train, pytest.mark.extras]
 TOKEN = "a-token"
@@ -31,7 +33,10 @@ def asked(path: str, *headers: bytes, body: bytes = b"") -> tuple[int, dict[str,
 
     async def ask() -> bytes:
         door = Door(TOKEN, "http://127.0.0.1:1")
-        runner = web.AppRunner(door.app(), access_log=None)
+        app = door.app()
+        template = Template(None, text="{{ messages[0].content }}{{ 1 + x if x is defined }}")
+        Api(door, Served(name="m", target="m", max_tokens=5), template).add_to(app)
+        runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -65,3 +70,23 @@ def test_the_cookie_is_for_our_own_pages() -> None:
     assert asked("/health", cookie)[0] == asked("/health", cookie, b"Origin: http://door")[0] == 503  # not ready yet
     for other in (b"http://elsewhere", b"null"):
         assert asked("/health", cookie, b"Origin: " + other)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("words", "param"),
+    [
+        ({"response_format": "json"}, "response_format"), ({"response_format": ["a"]}, "response_format"),
+        ({"stream": True, "stream_options": "x"}, "stream_options"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"), ({"chat_template_kwargs": {"x": "text"}}, None),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_told(words: dict[str, Any], param: str | None) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **words}).encode()
+    code, said = asked("/v1/chat/completions", WITH_TOKEN, body=body)
+    assert (code, said["error"]["param"]) == (400, param), said
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/m/generate"])
+def test_a_body_that_is_nested_too_deeply_is_refused(path: str) -> None:
+    code, said = asked(path, WITH_TOKEN, body=b"[" * 200_000)
+    assert (code, said["error"]["message"]) == (400, "the body is nested too deeply")
