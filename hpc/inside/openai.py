@@ -210,12 +210,12 @@ class Api:
         """What the model says, piece by piece; all of it is read, also when the client has left."""
         from aiohttp import ClientError
 
-        before = ""
+        before, heard = "", False
         try:
             async with self._door.client(request, words["id"]) as client:
                 answer = await client.hold(self._door.post(self._served.target, words, stream=self._served.streams))
                 async for event in _events(answer):
-                    one.left = client.gone
+                    heard, one.left = True, client.gone
                     if "error" in event:
                         one.failed = True
                         raise _Failed.of(answer.status, str(event["error"]))
@@ -231,7 +231,11 @@ class Api:
                         prompt=int(event.get("prompt_length", 0)),
                         reason=str(event.get("finish_reason", "")),
                     )
-        except (ClientError, OSError, RuntimeError) as failed:
+                if not heard:
+                    one.left, one.failed = client.gone, True
+                    if not client.gone:
+                        raise _Failed(502, f"Triton answered {answer.status}, and nothing else", "server_error")
+        except (ClientError, OSError, RuntimeError, ValueError) as failed:  # ValueError: it was no JSON
             one.failed = True
             raise _Failed(502, "the server ended in the middle of the answer", "server_error") from failed
 

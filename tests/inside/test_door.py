@@ -27,12 +27,18 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not caplog.records
 
 
-def asked(path: str, *headers: bytes, body: bytes = b"") -> tuple[int, dict[str, Any]]:
-    """(status, the answer's JSON) for a request with these very bytes."""
+def asked(path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"") -> tuple[int, dict[str, Any], Door]:
+    """(status, the answer's JSON, the door) for a request with these very bytes; `triton` is what the stub answers."""
     from aiohttp import web
 
-    async def ask() -> bytes:
-        door = Door(TOKEN, "http://127.0.0.1:1")
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(triton)
+        writer.close()
+
+    async def ask() -> tuple[bytes, Door]:
+        upstream = await asyncio.start_server(answer, "127.0.0.1", 0)
+        door = Door(TOKEN, f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}")
         app = door.app()
         template = Template(None, text="{{ messages[0].content }}{{ 1 + x if x is defined }}")
         Api(door, Served(name="m", target="m", max_tokens=5), template).add_to(app)
@@ -46,14 +52,16 @@ def asked(path: str, *headers: bytes, body: bytes = b"") -> tuple[int, dict[str,
             length = b"Content-Length: %d" % len(body)
             lines = [first, b"Host: door", b"Connection: close", length, *headers, b"", body]
             writer.write(b"\r\n".join(lines).replace(b"COOKIE", door._cookie.encode()))
-            answer = await reader.read()
+            came = await reader.read()
             writer.close()
-            return answer
+            return came, door
         finally:
             await runner.cleanup()
+            upstream.close()
 
-    head, _, text = asyncio.run(asyncio.wait_for(ask(), 20)).partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(text)
+    came, door = asyncio.run(asyncio.wait_for(ask(), 20))
+    head, _, text = came.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(text), door
 
 
 @pytest.mark.parametrize(
@@ -61,7 +69,7 @@ def asked(path: str, *headers: bytes, body: bytes = b"") -> tuple[int, dict[str,
     [b"Authorization: Bearer \xff", b"Cookie: COOKIE=\xff", b"Cookie: COOKIE=a-token\r\nOrigin: http://["],
 )
 def test_whoever_has_no_token_is_refused_whatever_it_sends(header: bytes) -> None:
-    code, said = asked("/health", header)
+    code, said, _ = asked("/health", header)
     assert (code, "asks for its token" in said["error"]["message"]) == (401, True)
 
 
@@ -82,11 +90,20 @@ def test_the_cookie_is_for_our_own_pages() -> None:
 )  # fmt: skip
 def test_wrong_fields_are_told(words: dict[str, Any], param: str | None) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **words}).encode()
-    code, said = asked("/v1/chat/completions", WITH_TOKEN, body=body)
+    code, said, _ = asked("/v1/chat/completions", WITH_TOKEN, body=body)
     assert (code, said["error"]["param"]) == (400, param), said
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/m/generate"])
 def test_a_body_that_is_nested_too_deeply_is_refused(path: str) -> None:
-    code, said = asked(path, WITH_TOKEN, body=b"[" * 200_000)
+    code, said, _ = asked(path, WITH_TOKEN, body=b"[" * 200_000)
     assert (code, said["error"]["message"]) == (400, "the body is nested too deeply")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"500 X\r\n\r\n<html>\n", b"500 X\r\n\r\n<html>", b"400 X\r\nContent-Length: 0\r\n\r\n"]
+)
+def test_a_server_that_answers_nothing_is_a_failure_and_no_client_that_left(answer: bytes) -> None:
+    code, said, door = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=b"HTTP/1.1 " + answer)
+    assert (code, said["error"]["type"]) == (502, "server_error"), said
+    assert door.figures.counted() == {"running": 0, "done": 0, "failed": 1, "left": 0, "tokens": 0}
