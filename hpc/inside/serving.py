@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def _get(url: str) -> bool:
     try:
         with _opener().open(url, timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -230,7 +231,7 @@ def _post(url: str, words: Mapping[str, Any]) -> str:
             text = answer.read().decode()
     except urllib.error.HTTPError as failed:
         return failed.read().decode(errors="replace")[:300]
-    except OSError as failed:
+    except (OSError, HTTPException) as failed:
         return str(failed)
     return text[:300] if '"error"' in text else ""
 
