@@ -210,10 +210,15 @@ async def _is_ready(server: Triton, port: int, served: Served, within_s: float, 
         await asyncio.sleep(_LOOK_S)
     words = {"text_input": "hello", "max_tokens": 1}
     address = f"http://127.0.0.1:{port}/v2/models/{served.target}/generate"
-    said = await asyncio.to_thread(_post, address, words)
-    if said:
+    first = asyncio.ensure_future(asyncio.to_thread(_post, address, words))
+    ending = asyncio.ensure_future(asked.wait())
+    await asyncio.wait({first, ending}, return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    if asked.is_set():  # the request ends with the server
+        return False
+    if said := first.result():
         raise _failed(server, f"the first request failed: {said}")
-    return not asked.is_set()
+    return True
 
 
 def _get(url: str) -> bool:
