@@ -191,7 +191,7 @@ def _is_free(port: int, bind: str) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((bind, port))
-        except OSError:
+        except (OSError, OverflowError):  # above the last port
             return False
         return True
 
