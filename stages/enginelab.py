@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpc.core import endpoint
 from hpc.core.stage import Context, Resources, Stage
 
 
@@ -46,6 +47,7 @@ STAGE = Stage(
     folders=lambda config: (config.workspace, *config.folders),
     resources=lambda config: Resources(cpus_per_task=8, mem_gb=32, time_min=240),
     service=True,
+    check=lambda config: endpoint.refuse("jupyter.port", config.port),
     settings_of="jupyter",
     run=run,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hpc.core import endpoint
 from hpc.core.stage import Context, Resources, Stage
 
 
@@ -49,5 +50,6 @@ STAGE = Stage(
     folders=lambda config: (config.workspace, *config.folders),
     resources=lambda config: Resources(gpus_per_node=config.gpus, cpus_per_task=8, mem_gb=64, time_min=240),
     service=True,
+    check=lambda config: endpoint.refuse("jupyter.port", config.port),
     run=run,
 )

@@ -4,7 +4,7 @@
 #   light        no torch, no Slurm: the plan, the parsers, the command line
 #   pythons      the same with the oldest and the newest Python that is supported, where they are found
 #   train        tiny models are really trained, in .venvs/train; some tests again with libraries a year older,
-#                and what needs lm-eval, W&B or MLflow in .venvs/train-extras
+#                and what needs lm-eval, W&B, MLflow or aiohttp in .venvs/train-extras
 #   integration  a real Slurm and Apptainer on this machine; needs root
 # RINGS: some of them.  ARGS: options for pytest.
 set -uo pipefail

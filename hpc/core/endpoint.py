@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hpc.core import rundir
+from hpc.core.errors import UsageError
 from hpc.core.rundir import StageDir
 
 _SCHEMA = "hpc.endpoint/1"
@@ -62,6 +63,12 @@ def handing(sockets: Mapping[str, int]) -> dict[str, str]:
     ({'HPC_LISTENING_SOCKETS': 'http=5 grpc=6'}, {})
     """
     return {HANDED: " ".join(f"{name}={number}" for name, number in sockets.items())} if sockets else {}
+
+
+def refuse(name: str, wish: int) -> None:
+    """UsageError for a port that no service of a user's can have; 0 is any."""
+    if wish and not 1024 <= wish <= 65535:
+        raise UsageError(f"{name} = {wish} is no port", hint="0 for any that is free, or one from 1024 to 65535")
 
 
 def page(endpoint: Endpoint, token: str, port: int) -> str:

@@ -280,7 +280,7 @@ def write_text(path: Path, text: str, *, durable: bool = False, mode: int = 0o64
     """Replace the file by this text in one step: a reader sees the old one or the new one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        with open(_new(part, mode), "w", encoding="utf-8") as file:
             file.write(text)
             if durable:
                 file.flush()
@@ -289,6 +289,16 @@ def write_text(path: Path, text: str, *, durable: bool = False, mode: int = 0o64
     except (OSError, ValueError):  # ValueError: a text that UTF-8 can't hold
         part.unlink(missing_ok=True)
         raise
+
+
+def _new(part: Path, mode: int) -> int:
+    """The file, opened and our own: what lies there may be a killed process's, or a link that another user made."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(part, flags, mode)
+    except FileExistsError:
+        part.unlink()
+        return os.open(part, flags, mode)
 
 
 def append_event(path: Path, phase: str, **fields: Any) -> None:

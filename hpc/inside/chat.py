@@ -33,15 +33,12 @@ class Template:
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None, *, prompt: bool = True
     ) -> str:
         """The text, and with `prompt` how an answer begins; ValueError where the template refuses the messages."""
-        import jinja2
-
         if self._template is None:
             raise ValueError("this model has no chat template: use /v1/completions")
+        words = {**self._tokens, **(extra or {}), "messages": messages, "add_generation_prompt": prompt}
         try:
-            text: str = self._template.render(
-                messages=messages, add_generation_prompt=prompt, **{**self._tokens, **(extra or {})}
-            )
-        except jinja2.TemplateError as failed:
+            text: str = self._template.render(words)
+        except Exception as failed:  # it is the model's own program, and works on what is asked
             raise ValueError(f"the model's chat template refuses this: {failed}") from failed
         return text
 

@@ -10,7 +10,6 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 from hpc.inside.figures import Answer, Figures
 
@@ -29,6 +28,7 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 WANTS_TOKEN = "this service asks for its token: `hpc tunnel` shows the address with it"
 ENDING = "this service is ending"
+NESTED = "the body is nested too deeply"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -128,11 +128,11 @@ class Door:
         if self.knows(request.headers.get("Authorization", "")) or self._is(shown):
             return True
         origin = request.headers.get("Origin")
-        foreign = origin is not None and urlsplit(origin).netloc != request.host  # another page of this browser
+        foreign = origin is not None and origin.partition("://")[2] != request.host  # another page of this browser
         return self._is(request.cookies.get(self._cookie, "")) and not foreign
 
     def _is(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.token.encode())
+        return hmac.compare_digest(given.encode(errors="surrogateescape"), self.token.encode())
 
     async def _health(self, request: Request) -> Response:
         from aiohttp import web
@@ -153,7 +153,10 @@ class Door:
         body = await request.read()
         number = ""
         if not request.path.endswith("/infer"):
-            number, body = _with_id(body)
+            try:
+                number, body = _with_id(body)
+            except RecursionError:
+                return error(400, NESTED, "invalid_request_error")
         return await self.follow(request, address, body, number)
 
     async def follow(self, request: Request, address: str, body: bytes, number: str) -> Response:

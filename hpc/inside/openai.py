@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.inside.chat import Template
-from hpc.inside.door import HEADERS, Door, Request, Response, closing, error, new_id
+from hpc.inside.door import HEADERS, NESTED, Door, Request, Response, closing, error, new_id
 from hpc.inside.figures import Request as Counted
 
 _LARGEST_SEED = (1 << 63) - 1
@@ -49,7 +49,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     for name, only in _REFUSED.items():
         if body.get(name) not in (None, only, [], {}):
             raise Invalid(f"{name} = {body[name]!r} is not supported here", name)
-    if (body.get("response_format") or {}).get("type", "text") != "text":
+    if _object(body, "response_format").get("type", "text") != "text":
         raise Invalid("only text is answered here", "response_format")
     longest = body.get("max_completion_tokens") or body.get("max_tokens")
     temperature = _number(body, "temperature", 1.0, 0, 2)
@@ -76,6 +76,13 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         if body.get(name) is not None:
             words[name] = body[name]
     return words
+
+
+def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = body.get(name) or {}
+    if not isinstance(value, dict):
+        raise Invalid(f"{name} must be an object", name)
+    return value
 
 
 def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
@@ -160,8 +167,7 @@ class Api:
 
     async def _chat(self, request: Request) -> Response:
         def words(body: Mapping[str, Any]) -> dict[str, Any]:
-            extra = body.get("chat_template_kwargs")
-            prompt = self._template.render(messages_of(body), extra if isinstance(extra, dict) else None)
+            prompt = self._template.render(messages_of(body), _object(body, "chat_template_kwargs"))
             return words_for(body, prompt, self._served, special=False)  # the template has written them
 
         return await self._answer(request, words, chat=True)
@@ -182,6 +188,9 @@ class Api:
             if body.get("model") not in (None, self._served.name, *self._served.adapters):
                 return self._unknown(body["model"])
             words = make(body)
+            usage = bool(_object(body, "stream_options").get("include_usage"))
+        except RecursionError:
+            return error(400, NESTED, "invalid_request_error")
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
         form = _Form(str(body.get("model") or self._served.name), chat=chat)
@@ -192,7 +201,6 @@ class Api:
                 if first is None:
                     return error(499, "the client has left", "cancelled")
                 if body.get("stream"):
-                    usage = bool((body.get("stream_options") or {}).get("include_usage"))
                     return await _stream(request, form, first, pieces, usage)
                 return await _whole_answer(form, first, pieces)
             except _Failed as failed:
@@ -202,12 +210,12 @@ class Api:
         """What the model says, piece by piece; all of it is read, also when the client has left."""
         from aiohttp import ClientError
 
-        before = ""
+        before, heard = "", False
         try:
             async with self._door.client(request, words["id"]) as client:
                 answer = await client.hold(self._door.post(self._served.target, words, stream=self._served.streams))
                 async for event in _events(answer):
-                    one.left = client.gone
+                    heard, one.left = True, client.gone
                     if "error" in event:
                         one.failed = True
                         raise _Failed.of(answer.status, str(event["error"]))
@@ -223,7 +231,11 @@ class Api:
                         prompt=int(event.get("prompt_length", 0)),
                         reason=str(event.get("finish_reason", "")),
                     )
-        except (ClientError, OSError, RuntimeError) as failed:
+                if not heard:
+                    one.left, one.failed = client.gone, True
+                    if not client.gone:
+                        raise _Failed(502, f"Triton answered {answer.status}, and nothing else", "server_error")
+        except (ClientError, OSError, RuntimeError, ValueError) as failed:  # ValueError: it was no JSON
             one.failed = True
             raise _Failed(502, "the server ended in the middle of the answer", "server_error") from failed
 

@@ -99,8 +99,12 @@ class _Every:
         inward = asyncio.ensure_future(_inward(context, call, requests))
         try:
             await asyncio.wait({outward, inward}, return_when=asyncio.FIRST_COMPLETED)
-            if outward.done() and isinstance(outward.exception(), _Ending):
+            failed = outward.exception() if outward.done() and not call.done() else None
+            if isinstance(failed, _Ending):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, ENDING)
+            if failed is not None:  # a message that is none
+                await call.done_writing()
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(failed))
             await asyncio.wait({inward})
             if await call.code() != grpc.StatusCode.OK:
                 requests.failed = True

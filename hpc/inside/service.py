@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 from hpc.core import endpoint as endpoints
@@ -190,7 +191,7 @@ def _is_free(port: int, bind: str) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((bind, port))
-        except OSError:
+        except (OSError, OverflowError):  # above the last port
             return False
         return True
 
@@ -218,7 +219,7 @@ def answers(url: str, token: str) -> bool:
     try:
         with opener.open(request, timeout=_ANSWER_S) as answer:
             return bool(answer.status == 200)
-    except (OSError, ValueError):  # URLError is an OSError; ValueError: what answered is no HTTP
+    except (OSError, ValueError, HTTPException):  # what answered may be no HTTP; URLError is an OSError
         return False
 
 

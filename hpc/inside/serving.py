@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -209,17 +210,22 @@ async def _is_ready(server: Triton, port: int, served: Served, within_s: float, 
         await asyncio.sleep(_LOOK_S)
     words = {"text_input": "hello", "max_tokens": 1}
     address = f"http://127.0.0.1:{port}/v2/models/{served.target}/generate"
-    said = await asyncio.to_thread(_post, address, words)
-    if said:
+    first = asyncio.ensure_future(asyncio.to_thread(_post, address, words))
+    ending = asyncio.ensure_future(asked.wait())
+    await asyncio.wait({first, ending}, return_when=asyncio.FIRST_COMPLETED)
+    ending.cancel()
+    if asked.is_set():  # the request ends with the server
+        return False
+    if said := first.result():
         raise _failed(server, f"the first request failed: {said}")
-    return not asked.is_set()
+    return True
 
 
 def _get(url: str) -> bool:
     try:
         with _opener().open(url, timeout=5) as answer:
             return bool(answer.status == 200)
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -230,7 +236,7 @@ def _post(url: str, words: Mapping[str, Any]) -> str:
             text = answer.read().decode()
     except urllib.error.HTTPError as failed:
         return failed.read().decode(errors="replace")[:300]
-    except OSError as failed:
+    except (OSError, HTTPException) as failed:
         return str(failed)
     return text[:300] if '"error"' in text else ""
 

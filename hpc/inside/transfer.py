@@ -211,7 +211,10 @@ def _break_stale(lock: Path) -> None:
         if now - lock.stat().st_mtime > _STALE_S:
             aside = probe.with_suffix(".stale")
             os.rename(lock, aside)  # of several that wait, one succeeds
-            aside.unlink()
+            if now - aside.stat().st_mtime > _STALE_S:
+                aside.unlink()
+            else:  # and has it anew
+                os.rename(aside, lock)
 
 
 @cache

@@ -81,20 +81,21 @@ def ensure(wanted: Line) -> None:
         if _runs(wanted):
             return
         _stop(wanted.record)
-        with open(os.open(wanted.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as said:
+        with open(os.open(wanted.log, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+", errors="replace") as said:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hpc.login.forward", json.dumps(asdict(wanted))],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, cwd="/",
             )  # fmt: skip
-        deadline = time.monotonic() + _HELLO_S
-        while not _runs(wanted):
-            if process.poll() is not None:
-                raise slurm.step_failure(f"job {wanted.job_id}", wanted.log.read_text(errors="replace"))
-            if time.monotonic() > deadline:
-                process.terminate()
-                process.wait()
-                raise NotReady(f"no step in job {wanted.job_id} began within {_HELLO_S} s", hint="try again")
-            time.sleep(0.05)
+            deadline = time.monotonic() + _HELLO_S
+            while not _runs(wanted):
+                if process.poll() is not None:
+                    said.seek(0)  # its name may be gone already
+                    raise slurm.step_failure(f"job {wanted.job_id}", said.read() or "the step has ended")
+                if time.monotonic() > deadline:
+                    process.terminate()
+                    process.wait()
+                    raise NotReady(f"no step in job {wanted.job_id} began within {_HELLO_S} s", hint="try again")
+                time.sleep(0.05)
         process.returncode = 0  # it stays when we leave: nobody waits for it
 
 
@@ -146,12 +147,13 @@ def _stop(record: Path) -> bool:
     known = rundir.read_json(record)
     if known is None or not alive(known["pid"], known["start"]):
         return False
-    os.kill(known["pid"], signal.SIGTERM)
     deadline = time.monotonic() + 2 * _END_S
-    while alive(known["pid"], known["start"]):
-        if time.monotonic() > deadline:
-            os.kill(known["pid"], signal.SIGKILL)
-        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):  # it may end by itself meanwhile
+        os.kill(known["pid"], signal.SIGTERM)
+        while alive(known["pid"], known["start"]):
+            if time.monotonic() > deadline:
+                os.kill(known["pid"], signal.SIGKILL)
+            time.sleep(0.05)
     return True
 
 
@@ -223,6 +225,9 @@ def main(text: str) -> int:
     except HpcError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -222,7 +222,7 @@ def _lock(path: Path) -> IO[bytes]:
     try:
         return open(path, "r+b")
     except FileNotFoundError:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with suppress(OSError):  # whatever the umask; another's file is as it is
             os.fchmod(descriptor, 0o666)
         return open(descriptor, "r+b")

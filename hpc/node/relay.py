@@ -53,8 +53,8 @@ class Link:
 
         self._last += 1
         number = self._last
-        await self.send(number, OPEN, NUMBER.pack(port))
-        task = self._add(number, connect)
+        task = self._add(number, connect)  # before the wait: the answer may be here before there is room again
+        await self.send(number, OPEN, NUMBER.pack(port))  # and it writes at once: before the task's first frame
         await asyncio.gather(task, return_exceptions=True)
 
     async def serve(self, ports: Sequence[int] = ()) -> None:

@@ -57,7 +57,11 @@ def _free_if_stale(place: Path) -> None:
     probe.unlink()
     with suppress(FileNotFoundError):
         if now - place.stat().st_mtime > _STALE_S:
-            place.unlink()
+            os.rename(place, probe)
+            if now - probe.stat().st_mtime > _STALE_S:
+                probe.unlink()
+            else:  # another one was faster, and has taken it
+                os.rename(probe, place)
 
 
 def _touch(place: Path | None) -> None:

@@ -59,6 +59,15 @@ def test_mode_is_set_from_the_first_moment(tmp_path: Path) -> None:
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
 
 
+def test_link_in_the_place_of_a_part_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".secret.{os.getpid()}.part").symlink_to("mine")
+    write_text(tmp_path / "secret", "x", mode=0o600)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "secret").read_text() == "x"
+    assert not (tmp_path / "secret").is_symlink()
+
+
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
 def test_failed_write_leaves_the_old_file_and_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

@@ -67,3 +67,14 @@ def test_foreign_package_named_stages_is_refused(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.startswith(f"HpcError another package named 'stages' hides ours: {tmp_path}/stages |"), done
+
+
+@pytest.mark.parametrize("name", ["jupyter", "enginelab"])
+def test_a_lab_cannot_wish_for_what_is_no_port(name: str) -> None:
+    stage = stages.load(name)
+    assert stage.check is not None
+    for port in (0, 1024, 65535):
+        stage.check(stage.config(port=port))
+    for port in (-5, 80, 65536):
+        with pytest.raises(UsageError, match=f"jupyter.port = {port} is no port"):
+            stage.check(stage.config(port=port))

@@ -34,9 +34,16 @@ def test_the_file_the_settings_and_named_ones(tmp_path: Path) -> None:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ nothing.at.all }}",
+        "{{ 1 + messages[0].content }}",
     ],
 )
 def test_a_template_cannot_do_harm(tmp_path: Path, text: str) -> None:
     (tmp_path / "chat_template.jinja").write_text(text)
     with pytest.raises(ValueError, match="chat template refuses"):
         Template(tmp_path).render(ASKED)
+
+
+def test_what_is_asked_for_beside_cannot_replace_the_messages(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }} {{ add_generation_prompt }} {{ self }}")
+    extra = {"messages": [], "add_generation_prompt": False, "self": 1}
+    assert Template(tmp_path).render(ASKED, extra).startswith("안녕 <b> True ")

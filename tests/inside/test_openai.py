@@ -46,7 +46,7 @@ def test_fields_find_their_place() -> None:
         ("n", 2), ("presence_penalty", 0.5), ("tools", [{"type": "function"}]), ("logprobs", True), ("echo", True),
         ("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_p", 2), ("max_tokens", 0),
         ("max_tokens", "5"), ("max_tokens", 1 << 80), ("seed", -1), ("stop", 5), ("stop", ["x"] * 17),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_object"}), ("response_format", "json"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:

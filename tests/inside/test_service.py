@@ -272,6 +272,11 @@ def test_several_ports_are_different_and_free() -> None:
     assert len(set(ports.values())) == 3
 
 
+def test_there_is_no_port_after_the_last_one() -> None:
+    ports = service.free_ports(["http", "grpc"], 65535, "127.0.0.1")
+    assert all(port <= 65535 for port in ports.values())
+
+
 def test_workspace_is_filled_and_never_overwritten(tmp_path: Path) -> None:
     templates, workspace = tmp_path / "templates", tmp_path / "workspace"
     (templates / "sub").mkdir(parents=True)

@@ -9,11 +9,13 @@ import signal
 import socket
 import socketserver
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,21 @@ def test_a_step_that_cannot_start_is_told(line: Line, srun: Path) -> None:
         forward.ensure(line)
     assert not asking.through_step(line, "/health", "s3cret").ok
     assert not asking.through_relay(line, "/health", "s3cret").ok
+
+
+def test_a_socket_that_cannot_be_made_is_told(line: Line) -> None:
+    long = str(line.record.with_name("x" * 150))
+    with pytest.raises(HpcError, match="path too long"):
+        forward.ensure(replace(line, sockets={**line.sockets, "grpc": long}, ports={**line.ports, "grpc": 1}))
+
+
+def test_one_that_ends_before_it_is_told_to(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    line.record.write_text(json.dumps({"pid": ended.pid, "start": "1"}))
+    monkeypatch.setattr(forward, "alive", lambda pid, start: line.record.exists())
+    assert forward.stop(line)
+    line.record.unlink()
 
 
 def test_one_question_by_a_step_of_its_own(line: Line) -> None:

@@ -352,6 +352,13 @@ def test_the_lock_can_be_opened_by_all_who_share_the_folder(project: Path) -> No
         os.umask(before)
 
 
+def test_a_link_in_the_locks_place_makes_no_file_elsewhere(project: Path) -> None:
+    (project / ".x.making").symlink_to(project / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"), maker(project)._alone(project / "x.sif"):
+        pass
+    assert not (project / "elsewhere").exists()
+
+
 def test_what_killed_makers_left_goes_but_not_what_one_elsewhere_makes(project: Path) -> None:
     ours, other, old = (project / f".x.{name}.sif" for name in (f"{socket.gethostname()}-1", "node9-1", "node9-2"))
     sibling = project / f".x.y.{socket.gethostname()}-1.sif"  # of the image x.y

@@ -123,6 +123,24 @@ def test_server_that_ends_first_is_seen() -> None:
     run(check())
 
 
+def test_server_that_speaks_first_is_heard_while_the_link_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.close()
+
+    async def full(writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.3)
+
+    async def check() -> None:
+        async with relayed(greet) as connect:
+            monkeypatch.setattr(asyncio.StreamWriter, "drain", full)
+            reader, writer = await connect()
+            assert await asyncio.wait_for(reader.read(), 5) == b"hello"
+            writer.close()
+
+    run(check())
+
+
 def test_client_that_breaks_off_is_seen_by_the_server() -> None:
     async def check() -> None:
         gone = asyncio.Event()

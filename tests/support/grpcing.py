@@ -104,6 +104,13 @@ def whole(client: Client, prompt: str) -> dict[str, Any]:
         elsewhere(b"", metadata=tuple(headers.items()))
     except grpc.RpcError as error:
         found["elsewhere"] = error.code().name
+    found["malformed"] = []
+    for name in ("ModelInfer", "ModelStreamInfer"):
+        call = client.triton._channel.stream_stream(f"/inference.GRPCInferenceService/{name}")
+        try:
+            list(call(iter([b"\xff"]), metadata=tuple(headers.items()), timeout=10))
+        except grpc.RpcError as error:
+            found["malformed"].append(error.code().name)
     return found
 
 

@@ -1,0 +1,109 @@
+"""The door, asked over HTTP: what is wrong is told in OpenAI's form, and nothing of it in the log. Triton is a stub."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hpc.inside.chat import Template
+from hpc.inside.door import Door
+from hpc.inside.openai import Api, Served
+
+pytestmark = [pytest.mark.train, pytest.mark.extras]
+TOKEN = "a-token"
+WITH_TOKEN = f"Authorization: Bearer {TOKEN}".encode()
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    if "CI" not in os.environ:
+        pytest.importorskip("aiohttp", reason="RINGS=train runs it in .venvs/train-extras")
+    yield
+    assert not caplog.records
+
+
+def asked(path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"") -> tuple[int, dict[str, Any], Door]:
+    """(status, the answer's JSON, the door) for a request with these very bytes; `triton` is what the stub answers."""
+    from aiohttp import web
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(triton)
+        writer.close()
+
+    async def ask() -> tuple[bytes, Door]:
+        upstream = await asyncio.start_server(answer, "127.0.0.1", 0)
+        door = Door(TOKEN, f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}")
+        app = door.app()
+        template = Template(None, text="{{ messages[0].content }}{{ 1 + x if x is defined }}")
+        Api(door, Served(name="m", target="m", max_tokens=5), template).add_to(app)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
+            first = b"%s %s HTTP/1.1" % (b"POST" if body else b"GET", path.encode())
+            length = b"Content-Length: %d" % len(body)
+            lines = [first, b"Host: door", b"Connection: close", length, *headers, b"", body]
+            writer.write(b"\r\n".join(lines).replace(b"COOKIE", door._cookie.encode()))
+            came = await reader.read()
+            writer.close()
+            return came, door
+        finally:
+            await runner.cleanup()
+            upstream.close()
+
+    came, door = asyncio.run(asyncio.wait_for(ask(), 20))
+    head, _, text = came.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(text), door
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"Authorization: Bearer \xff", b"Cookie: COOKIE=\xff", b"Cookie: COOKIE=a-token\r\nOrigin: http://["],
+)
+def test_whoever_has_no_token_is_refused_whatever_it_sends(header: bytes) -> None:
+    code, said, _ = asked("/health", header)
+    assert (code, "asks for its token" in said["error"]["message"]) == (401, True)
+
+
+def test_the_cookie_is_for_our_own_pages() -> None:
+    cookie = b"Cookie: COOKIE=a-token"
+    assert asked("/health", cookie)[0] == asked("/health", cookie, b"Origin: http://door")[0] == 503  # not ready yet
+    for other in (b"http://elsewhere", b"null"):
+        assert asked("/health", cookie, b"Origin: " + other)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("words", "param"),
+    [
+        ({"response_format": "json"}, "response_format"), ({"response_format": ["a"]}, "response_format"),
+        ({"stream": True, "stream_options": "x"}, "stream_options"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs"), ({"chat_template_kwargs": {"x": "text"}}, None),
+    ],
+)  # fmt: skip
+def test_wrong_fields_are_told(words: dict[str, Any], param: str | None) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **words}).encode()
+    code, said, _ = asked("/v1/chat/completions", WITH_TOKEN, body=body)
+    assert (code, said["error"]["param"]) == (400, param), said
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/m/generate"])
+def test_a_body_that_is_nested_too_deeply_is_refused(path: str) -> None:
+    code, said, _ = asked(path, WITH_TOKEN, body=b"[" * 200_000)
+    assert (code, said["error"]["message"]) == (400, "the body is nested too deeply")
+
+
+@pytest.mark.parametrize(
+    "answer", [b"500 X\r\n\r\n<html>\n", b"500 X\r\n\r\n<html>", b"400 X\r\nContent-Length: 0\r\n\r\n"]
+)
+def test_a_server_that_answers_nothing_is_a_failure_and_no_client_that_left(answer: bytes) -> None:
+    code, said, door = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=b"HTTP/1.1 " + answer)
+    assert (code, said["error"]["type"]) == (502, "server_error"), said
+    assert door.figures.counted() == {"running": 0, "done": 0, "failed": 1, "left": 0, "tokens": 0}
