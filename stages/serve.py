@@ -71,7 +71,7 @@ class ServeConfig:
     chunked_context: bool = False
     batching: str = "inflight_fused_batching"
     exclude_input: bool = True
-    """Answers of Triton's own API hold what is new alone, without the prompt."""
+    """Answers hold what is new alone, without the prompt. Off: for Triton's own API; OpenAI's is refused then."""
     vendor_repository: str = ""
     """NVIDIA's own repository (inflight_batcher_llm) in the image, filled instead of ours. (TensorRT-LLM)"""
     private: bool = True
@@ -289,6 +289,8 @@ def run(config: ServeConfig, ctx: Context) -> None:
     served = Served(
         name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
         streams=config.streaming, adapters=_adapters(config, engine),
+        # llmapi leaves the prompt out by itself
+        echoes=not config.exclude_input and config.engine != "llmapi",
     )  # fmt: skip
 
     several = ranks.world > 1

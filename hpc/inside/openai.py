@@ -14,10 +14,14 @@ from hpc.inside.figures import Request as Counted
 
 _LARGEST_SEED = (1 << 63) - 1
 _REFUSED = {
-    "n": 1, "best_of": 1, "logprobs": None, "top_logprobs": None, "presence_penalty": 0, "frequency_penalty": 0,
-    "tools": None, "functions": None, "logit_bias": None, "echo": False, "suffix": None,
+    "n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
+    "tools": None, "functions": None, "logit_bias": None, "echo": False, "suffix": None, "min_p": 0, "typical_p": 1,
+    "length_penalty": 1, "ignore_eos": False, "use_beam_search": False, "guided_json": None, "guided_regex": None,
+    "guided_choice": None, "guided_grammar": None, "structured_outputs": None,
 }  # fmt: skip
-"""What this service cannot do -> the only value that is let through: nothing is left out in silence."""
+"""What would change the answer, and this service cannot do -> the only value that is let through."""
+
+_NOT_OF_LLMAPI = ("bad_words", "repetition_penalty", "min_tokens")
 
 
 class Invalid(ValueError):
@@ -40,6 +44,8 @@ class Served:
     cumulative: bool = False
     """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
     streams: bool = True
+    echoes: bool = False
+    """Answers begin with the prompt (serve.exclude_input is off): that is not OpenAI's form."""
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Names that a request may give for the model's -> what Triton's model is told then: LoRA adapters."""
 
@@ -47,12 +53,14 @@ class Served:
 def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
     """The request to Triton's model; Invalid where a field is wrong."""
     for name, only in _REFUSED.items():
-        if body.get(name) not in (None, only, [], {}):
-            raise Invalid(f"{name} = {body[name]!r} is not supported here", name)
+        value = body.get(name)
+        if value not in (None, [], {}) and (value != only or isinstance(value, bool) != isinstance(only, bool)):
+            raise Invalid(f"{name} = {value!r} is not supported here", name)
     if _object(body, "response_format").get("type", "text") != "text":
         raise Invalid("only text is answered here", "response_format")
-    longest = body.get("max_completion_tokens") or body.get("max_tokens")
-    temperature = _number(body, "temperature", 1.0, 0, 2)
+    longest = body.get("max_completion_tokens")
+    longest = body.get("max_tokens") if longest is None else longest
+    temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 0, 1)
     words: dict[str, Any] = {
         "id": new_id(),
         "text_input": prompt,
@@ -61,20 +69,25 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     }
     if special is not None and not served.cumulative:
         words["add_special_tokens"] = special
-    if temperature == 0:
+    if temperature == 0 or top_p == 0:
         words["top_k"] = 1
     else:
-        words.update(temperature=temperature, top_p=_number(body, "top_p", 1.0, 0, 1) or 1.0)
+        words.update(temperature=temperature, top_p=top_p)
         words["top_k"] = _whole(body.get("top_k") or 0, "top_k", 0)
     if body.get("seed") is not None:
         words["random_seed"] = _whole(body["seed"], "seed", 0) & _LARGEST_SEED
-    stops = _stops(body.get("stop"))
-    if stops:
-        words["stop_words"] = stops
+    stops, bad = (_texts(body, name) for name in ("stop", "bad_words"))
+    more = {
+        "stop_words": stops,
+        "bad_words": bad,
+        "repetition_penalty": _number(body, "repetition_penalty", 0.0, 0.01, 100),
+        "min_tokens": _whole(body.get("min_tokens") or 0, "min_tokens", 0),
+    }
+    for name in _NOT_OF_LLMAPI if served.cumulative else ():
+        if more[name]:
+            raise Invalid(f"{name} is not supported by this engine (llmapi)", name)
+    words.update({name: value for name, value in more.items() if value})
     words.update(served.adapters.get(str(body.get("model")), {}))
-    for name in ("repetition_penalty", "min_tokens"):
-        if body.get(name) is not None:
-            words[name] = body[name]
     return words
 
 
@@ -100,11 +113,12 @@ def _whole(value: Any, name: str, low: int) -> int:
     return value
 
 
-def _stops(value: Any) -> list[str]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > 16 or not all(isinstance(stop, str) for stop in stops):
-        raise Invalid("stop must be a text, or up to 16 of them", "stop")
-    return [stop for stop in stops if stop]
+def _texts(body: Mapping[str, Any], name: str) -> list[str]:
+    value = body.get(name)
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) > 16 or not all(isinstance(text, str) for text in texts):
+        raise Invalid(f"{name} must be a text, or up to 16 of them", name)
+    return [text for text in texts if text]
 
 
 def messages_of(body: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -181,6 +195,9 @@ class Api:
     async def _answer(self, request: Request, make: Any, *, chat: bool) -> Response:
         if self._door.closing:
             return closing()
+        if self._served.echoes:
+            told = "answers of this service begin with the prompt (serve.exclude_input = false): ask Triton's own API"
+            return error(501, told, "not_implemented")
         try:
             body = json.loads(await request.read())
             if not isinstance(body, dict):
@@ -193,7 +210,7 @@ class Api:
             return error(400, NESTED, "invalid_request_error")
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
-        form = _Form(str(body.get("model") or self._served.name), chat=chat)
+        form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.cumulative)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)
@@ -204,7 +221,10 @@ class Api:
                     return await _stream(request, form, first, pieces, usage)
                 return await _whole_answer(form, first, pieces)
             except _Failed as failed:
-                return error(failed.status, str(failed), failed.kind)
+                answer = error(failed.status, str(failed), failed.kind)
+                if failed.kind == "unavailable":
+                    answer.headers["Retry-After"] = "1"
+                return answer
 
     async def _pieces(self, request: Request, words: dict[str, Any], one: Counted) -> AsyncIterator[_Piece]:
         """What the model says, piece by piece; all of it is read, also when the client has left."""
@@ -270,6 +290,8 @@ class _Failed(Exception):
     @classmethod
     def of(cls, status: int, message: str) -> _Failed:
         message = message.removeprefix("in ensemble 'ensemble', ")
+        if "maximum queue size" in message:
+            return cls(503, f"as many requests wait as may (serve.queue_size): {message}", "unavailable")
         if "not healthy" in message or "Stub process" in message or status >= 500:
             return cls(503, f"the model has failed: {message}", "server_error")
         return cls(400, message, "invalid_request_error")
@@ -278,8 +300,8 @@ class _Failed(Exception):
 class _Form:
     """How the answer is written, and what it has used."""
 
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.chat = chat
+    def __init__(self, model: str, *, chat: bool, counts: bool) -> None:
+        self.chat, self.counts = chat, counts
         self.prompt = self.tokens = 0
         self.reason: str | None = None
         self._common = {
@@ -303,7 +325,7 @@ class _Form:
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": self.reason or "stop"}
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._common, "object": kind, "choices": [choice], "usage": self.usage()}
+        return {**self._common, "object": kind, "choices": [choice], **({"usage": self.usage()} if self.counts else {})}
 
     def part(self, text: str | None, *, first: bool = False, last: bool = False) -> dict[str, Any]:
         said: dict[str, Any] = {"text": text or ""}
@@ -353,7 +375,7 @@ async def _stream(request: Request, form: _Form, first: _Piece, pieces: AsyncIte
         await say({"error": {"message": str(failed), "type": failed.kind, "param": None, "code": failed.status}})
         return response
     await say(form.part(None, last=True))
-    if usage:
+    if usage and form.counts:
         await say(form.used())
     await say("[DONE]")
     return response

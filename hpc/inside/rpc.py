@@ -228,6 +228,10 @@ class _Single(_Other):
         self._let_in(request.id)
         return request.SerializeToString(), None
 
+    def end(self, message: bytes) -> bytes | None:
+        self._door.figures.tokens += _tokens(_messages().ModelInferResponse.FromString(message))
+        return message
+
 
 class _Stream(_Other):
     """ModelStreamInfer: many requests, each with any number of answers."""
@@ -252,12 +256,20 @@ class _Stream(_Other):
         last = answer.parameters[_LAST].bool_param
         if not asked:
             del answer.parameters[_LAST]
-        self._door.figures.tokens += bool(answer.outputs)
+        self._door.figures.tokens += _tokens(answer)
         if last or response.error_message:
             self._is_over(number, failed=bool(response.error_message), left=self._left)
         if last and not asked and not answer.outputs and not response.error_message:
             return None  # an empty one, which this client does not expect
         return bytes(response.SerializeToString())
+
+
+def _tokens(answer: Any) -> int:
+    """As many as the model says, else one for each answer that is not empty."""
+    for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False):
+        if output.name == "sequence_length" and len(raw) == 4:
+            return int.from_bytes(raw, "little")
+    return int(bool(answer.outputs))
 
 
 def _messages() -> Any:

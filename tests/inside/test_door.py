@@ -27,7 +27,9 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not caplog.records
 
 
-def asked(path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"") -> tuple[int, dict[str, Any], Door]:
+def asked(
+    path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"", **served: Any
+) -> tuple[int, dict[str, Any], Door]:
     """(status, the answer's JSON, the door) for a request with these very bytes; `triton` is what the stub answers."""
     from aiohttp import web
 
@@ -41,7 +43,7 @@ def asked(path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"") ->
         door = Door(TOKEN, f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}")
         app = door.app()
         template = Template(None, text="{{ messages[0].content }}{{ 1 + x if x is defined }}")
-        Api(door, Served(name="m", target="m", max_tokens=5), template).add_to(app)
+        Api(door, Served(name="m", target="m", max_tokens=5, **served), template).add_to(app)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -107,3 +109,26 @@ def test_a_server_that_answers_nothing_is_a_failure_and_no_client_that_left(answ
     code, said, door = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=b"HTTP/1.1 " + answer)
     assert (code, said["error"]["type"]) == (502, "server_error"), said
     assert door.figures.counted() == {"running": 0, "done": 0, "failed": 1, "left": 0, "tokens": 0}
+
+
+def event(**words: Any) -> bytes:
+    return b"HTTP/1.1 200 OK\r\n\r\ndata: " + json.dumps(words).encode() + b"\n\n"
+
+
+def test_a_full_queue_is_no_mistake_of_the_clients() -> None:
+    full = event(error="in ensemble 'ensemble', [request id: 1] Exceeds maximum queue size")
+    code, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=full)
+    assert (code, said["error"]["type"]) == (503, "unavailable")
+
+
+def test_usage_is_told_where_tokens_are_counted() -> None:
+    one = event(text_output="x", sequence_length=3, prompt_length=2)
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one)
+    assert said["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, cumulative=True)
+    assert (said["choices"][0]["text"], "usage" in said) == ("x", False)
+
+
+def test_answers_with_their_prompt_are_not_openais() -> None:
+    code, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', echoes=True)
+    assert (code, "exclude_input" in said["error"]["message"]) == (501, True)

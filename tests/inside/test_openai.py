@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hpc.inside import door, openai
+from hpc.inside import door, openai, rpc
 from hpc.inside.openai import Invalid, Served
 
 SERVED = Served(name="m", target="ensemble", max_tokens=99)
@@ -37,13 +38,19 @@ def test_fields_find_their_place() -> None:
     assert (found["max_tokens"], found["stop_words"], found["random_seed"]) == (5, ["x"], 7)
     assert (found["temperature"], found["top_p"], found["min_tokens"]) == (0.5, 0.9, 2)
     assert words(stop=["a", ""])["stop_words"] == ["a"]
-    assert words(n=1, presence_penalty=0, frequency_penalty=0.0, logprobs=None, tools=[], logit_bias={})
+    assert words(n=1, presence_penalty=0, frequency_penalty=0.0, logprobs=False, top_logprobs=0, tools=[])
+    assert words(logprobs=None, logit_bias={})
+    assert words(bad_words=["x"], repetition_penalty=1.2)["bad_words"] == ["x"]
+    assert words(top_p=0)["top_k"] == 1
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("presence_penalty", 0.5), ("tools", [{"type": "function"}]), ("logprobs", True), ("echo", True),
+        ("n", 2), ("n", False), ("logprobs", 0), ("min_p", 0.1), ("ignore_eos", True),
+        ("guided_json", {"type": "string"}),
+        ("repetition_penalty", 0), ("min_tokens", "1"), ("bad_words", [1]), ("max_completion_tokens", 0),
+        ("presence_penalty", 0.5), ("tools", [{"type": "function"}]), ("logprobs", True), ("echo", True),
         ("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_p", 2), ("max_tokens", 0),
         ("max_tokens", "5"), ("max_tokens", 1 << 80), ("seed", -1), ("stop", 5), ("stop", ["x"] * 17),
         ("response_format", {"type": "json_object"}), ("response_format", "json"),
@@ -52,7 +59,15 @@ def test_fields_find_their_place() -> None:
 def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
     with pytest.raises(Invalid) as refused:
         words(**{field: value})
-    assert refused.value.param == ("max_tokens" if field == "max_tokens" else field)
+    assert refused.value.param == ("max_tokens" if field == "max_completion_tokens" else field)
+
+
+def test_what_the_models_own_loader_cannot_do_is_refused() -> None:
+    served = replace(SERVED, cumulative=True)
+    for name, value in (("min_tokens", 2), ("repetition_penalty", 1.1), ("bad_words", ["x"])):
+        with pytest.raises(Invalid, match="not supported by this engine"):
+            openai.words_for({name: value}, "text", served, special=None)
+    assert "min_tokens" not in openai.words_for({"min_tokens": 0}, "text", served, special=None)
 
 
 def test_an_adapter_is_asked_for_as_a_model() -> None:
@@ -82,3 +97,12 @@ def test_a_request_gets_an_id_and_keeps_its_own() -> None:
     assert door._with_id(b'{"id": "mine"}') == ("mine", b'{"id": "mine"}')
     for other in (b"[1]", b"no", b""):
         assert door._with_id(other) == ("", other)
+
+
+def test_grpc_counts_the_tokens_that_the_model_says() -> None:
+    names = [SimpleNamespace(name=name) for name in ("text_output", "sequence_length")]
+    several = SimpleNamespace(outputs=names, raw_output_contents=[b"\x01\0\0\0x", (7).to_bytes(4, "little")])
+    alone = SimpleNamespace(outputs=names[:1], raw_output_contents=[b"\x01\0\0\0x"])
+    assert [rpc._tokens(answer) for answer in (several, alone, SimpleNamespace(outputs=[], raw_output_contents=[]))] == [
+        7, 1, 0,
+    ]  # fmt: skip
