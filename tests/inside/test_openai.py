@@ -103,6 +103,5 @@ def test_grpc_counts_the_tokens_that_the_model_says() -> None:
     names = [SimpleNamespace(name=name) for name in ("text_output", "sequence_length")]
     several = SimpleNamespace(outputs=names, raw_output_contents=[b"\x01\0\0\0x", (7).to_bytes(4, "little")])
     alone = SimpleNamespace(outputs=names[:1], raw_output_contents=[b"\x01\0\0\0x"])
-    assert [rpc._tokens(answer) for answer in (several, alone, SimpleNamespace(outputs=[], raw_output_contents=[]))] == [
-        7, 1, 0,
-    ]  # fmt: skip
+    empty = SimpleNamespace(outputs=[], raw_output_contents=[])
+    assert [rpc._tokens(answer) for answer in (several, alone, empty)] == [7, 1, 0]
