@@ -84,8 +84,9 @@ class Work:
                 )
             )
         headings = ("STAGE", "ACTION", "AFTER", "NODES", "GPUS", "CPUS", "MEM", "TIME", "ENVIRONMENT", "KEY")
-        print(f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out)
-        view.table(headings, rows, out)
+        if rows:
+            print(f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out)
+            view.table(headings, rows, out)
         for note in work.plan.notes:
             print(f"note: {note}", file=out)
         for name in on_login_node(self.settings, work):

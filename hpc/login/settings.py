@@ -15,6 +15,7 @@ from hpc.core import site as sites
 from hpc.core import stage as stages
 from hpc.core.assets import TEMPLATES
 from hpc.core.errors import UsageError, did_you_mean
+from hpc.core.feeding import in_place
 from hpc.core.plan import Wish
 from hpc.core.site import Site
 from hpc.core.stage import Resources
@@ -91,15 +92,18 @@ def load(
         *flags,
     ]
     _known_tables(layers)
-    pipeline = _pipeline(layers, target)
-    layers = [_spread(layer, pipeline) for layer in layers]
+    pipeline = _pipeline(layers)
+    asked = [] if target in {"pipeline", *pipeline} else [target]
+    layers = [_spread(layer, [*pipeline, *asked]) for layer in layers]
     site_name = site or env.get("HPC_SITE") or project.tables.get("site", "local")
     if not isinstance(site_name, str):
         raise UsageError("site must be the name of a site profile", hint='for example site = "dgx"')
     origins: dict[str, str] = {}
     chosen = _site(site_name, project.root, layers, origins)
-    wishes = tuple(_wish(stages.load(name), layers, origins) for name in pipeline)
-    return Settings(project=project, site=chosen, wishes=wishes, origins=origins)
+    wishes, added = ([_wish(stages.load(name), layers, origins) for name in names] for names in (pipeline, asked))
+    for one in added:
+        wishes = in_place(one, wishes)
+    return Settings(project=project, site=chosen, wishes=tuple(wishes), origins=origins)
 
 
 def site_profile(project: Project, name: str, env: Mapping[str, str] = os.environ) -> Site:
@@ -168,8 +172,8 @@ def _known_tables(layers: Sequence[Layer]) -> None:
                 raise UsageError(f"{layer.origin}: there is no stage '{name}'", hint=did_you_mean(name, sorted(known)))
 
 
-def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
-    """The stages in order. A stage that the pipeline leaves out stands at its end when it is asked for by name."""
+def _pipeline(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The stages in order."""
     names: Any = list(_DEFAULT_PIPELINE)
     for layer in layers:
         table = layer.table.get("pipeline", {})
@@ -187,9 +191,6 @@ def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
         stages.load(name)
     if len(set(names)) != len(names):
         raise UsageError("pipeline.stages names a stage twice", hint="each stage stands once in a pipeline")
-    if target != "pipeline" and target not in names:
-        stages.load(target)
-        names = [*names, target]
     return tuple(names)
 
 

@@ -182,6 +182,25 @@ def test_stage_outside_the_pipeline_is_added_where_it_is_asked_for(settings: Loa
     assert [w.stage.name for w in found.wishes] == ["prepare", "merge"]
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "added", "where"),
+    [
+        ("prepare finetune merge", "fetch", 0),
+        ("finetune merge", "prepare", 0),
+        ("fetch finetune merge", "prepare", 1),
+        ("prepare finetune merge serve", "build", 3),
+        ("prepare finetune evaluate", "merge", 3),
+        ("prepare finetune merge", "evaluate", 3),
+    ],
+)
+def test_stage_that_can_do_alone_is_added_before_what_it_feeds(
+    settings: Load, pipeline: str, added: str, where: int
+) -> None:
+    found = settings("", f"pipeline.stages={','.join(pipeline.split())}", "fetch.datasets=org/data", target=added)
+    order = [w.stage.name for w in found.wishes]
+    assert order == [*pipeline.split()[:where], added, *pipeline.split()[where:]]
+
+
 ENGINES = '[pipeline]\nstages = ["convert", "build"]\n'
 
 
