@@ -154,7 +154,8 @@ def _reach(settings: Settings) -> Iterator[Check]:
     mine = [(run, asked) for run, asked in RunsDir(settings.project.runs).runs() if asked["uid"] == os.getuid()]
     wanted = settings.site.reach
     try:
-        way = tunnel.Way(tunnel.choose([m for m in mine if m[1]["site"] == settings.site.name], None), settings.site)
+        here = [(run, asked) for run, asked in mine if asked.get("site") == settings.site.name]
+        way = tunnel.Way(tunnel.choose(here, None), settings.site)
         found = way.service.announced()
     except HpcError:
         found = None
