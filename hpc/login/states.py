@@ -304,6 +304,11 @@ def _without_outcome(submitted: _Submitted, attempt: rundir.AttemptDir, state: s
     reason, hint = _ENDS.get(state, ("", "`hpc logs` shows what is known"))
     if state == "CANCELLED" and not attempt.events.exists():
         reason, hint = "cancelled before it began: by hand, or because its input failed", ""
+    if state == "COMPLETED":
+        os.listdir(submitted.stage_dir.path)  # else NFS may still say that there is no manifest
+        if submitted.stage_dir.done(submitted.key):
+            return _base(submitted, state=state, node=node)
+        state = "FAILED"
     resumable = state in _RESUMABLE
     return _base(submitted, state=state, reason=reason, hint=hint, node=node, resumable=resumable)
 

@@ -219,7 +219,6 @@ ENDS = [
     ("NODE_FAIL", "its node failed", True),
     ("PREEMPTED", "a job of higher priority took its place", True),
     ("OUT_OF_MEMORY", "it needed more host memory than was asked for", False),
-    ("COMPLETED", "it ended without writing its outcome", False),
     ("CANCELLED", "cancelled before it began: by hand, or because its input failed", False),
     ("BOOT_FAIL", "", False),
 ]
@@ -234,6 +233,18 @@ def test_end_without_an_outcome_is_slurms(world: World, source: str, state: str,
     else:
         world.accounts(f"{state} by 1002" if state == "CANCELLED" else state)
     assert (world.one().state, world.one().reason, world.one().resumable) == (state, reason, resumable)
+
+
+@pytest.mark.parametrize("source", ["squeue", "sacct"])
+def test_completed_without_an_outcome_is_a_result_only_with_its_manifest(world: World, source: str) -> None:
+    folder = world.job(world.run())
+    (world.shows if source == "squeue" else world.accounts)("COMPLETED")
+    found = world.one()
+    assert (found.state, found.reason, found.hint) == (
+        "FAILED", "it ended without writing its outcome", "submit again",
+    )  # fmt: skip
+    rundir.write_json(folder.manifest, {"key": "key-first"})
+    assert (world.one().state, world.one().reason) == ("COMPLETED", "")
 
 
 def test_job_that_was_cancelled_after_it_began_says_no_more_than_that(world: World) -> None:
