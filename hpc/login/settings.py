@@ -151,7 +151,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             return tables
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="HPC_CONFIG names the file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", hint="see the example in the README") from error
 
 

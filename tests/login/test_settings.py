@@ -104,6 +104,12 @@ def test_file_that_is_no_toml_is_named_with_the_line(tmp_path: Path) -> None:
         locate({}, tmp_path)
 
 
+def test_file_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hpc.toml").write_bytes(b"runs = 'caf\xe9'\n")
+    with pytest.raises(UsageError, match=r"hpc.toml is not valid TOML: .*utf-8"):
+        locate({}, tmp_path)
+
+
 # ---- precedence and origins
 
 
