@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -307,7 +308,10 @@ def _checked(
             raise UsageError(f"{where}: {table} has no setting '{field}'", hint=did_you_mean(field, list(hints)))
         hint = hints[field]
         try:
-            yield field, msgspec.convert(_as_typed(value, hint), hint)
+            made = msgspec.convert(_as_typed(value, hint), hint)
+            if any(isinstance(v, float) and not math.isfinite(v) for v in (made if isinstance(made, tuple) else [made])):
+                raise msgspec.ValidationError("Expected a finite number")
+            yield field, made
         except msgspec.ValidationError as error:
             raise UsageError(
                 f"{where}: {table}.{field} = {value!r} does not fit: {_plain(str(error))}",

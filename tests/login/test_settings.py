@@ -301,6 +301,9 @@ def test_set_without_name_and_value_is_refused(text: str) -> None:
         ("[finetune]\nlora_r = 1.5", "finetune.lora_r = 1.5 does not fit: expected int, got float", "a whole number"),
         ("[finetune]\nlora_r = true", "finetune.lora_r = True does not fit: expected int, got bool", "a whole number"),
         ("[finetune]\nepochs = 'x'", "finetune.epochs = 'x' does not fit: expected float, got str", "a number"),
+        ("[finetune]\nepochs = nan", "finetune.epochs = nan does not fit: expected a finite number", "a number"),
+        ("[finetune]\nepochs = 1e999", "finetune.epochs = inf does not fit: expected a finite number", "a number"),
+        ("[merge]\nweights = [1.0, nan]", "merge.weights = [1.0, nan] does not fit", "each a number"),
         ("[finetune]\noptim = []", "finetune.optim = [] does not fit: expected str, got array", "text"),
         (
             "[finetune]\ngradient_checkpointing = 1",
