@@ -68,6 +68,8 @@ def _submitit() -> Check:
 def _settings(settings: Settings) -> Check:
     file = settings.project.file
     where = str(file) if file else "no hpc.toml here or above: the defaults"
+    if not settings.wishes:
+        return Check(what="settings", verdict="missing", found=f"{where}; pipeline.stages names no stage")
     return Check(what="settings", verdict="ok", found=f"{where}; site {settings.site.name}")
 
 
@@ -76,8 +78,10 @@ def _runs(settings: Settings) -> Check:
     there = folder
     while not there.exists():
         there = there.parent
-    if not os.access(there, os.W_OK):
-        return Check(what="runs", verdict="missing", found=f"{folder} cannot be written", hint="set `runs` or HPC_RUNS")
+    colon = ":" in str(folder)
+    if colon or not there.is_dir() or not os.access(there, os.W_OK):
+        found = f"{folder} {'has a colon in its name' if colon else 'cannot be written'}"
+        return Check(what="runs", verdict="missing", found=found, hint="set `runs` or HPC_RUNS")
     free = shutil.disk_usage(there).free / 2**30
     return Check(
         what="runs",

@@ -222,6 +222,8 @@ def _wanted(options: argparse.Namespace, settings: Settings) -> list[str]:
     order = [w.stage.name for w in settings.wishes]
     if options.target != "pipeline":
         order = [options.target]
+    if not order:
+        raise UsageError("pipeline.stages names no stage", hint='stages = ["prepare", "finetune"]')
     for bound in (options.first, options.last):
         if bound is not None and bound not in order:
             stages.load(bound)

@@ -69,7 +69,7 @@ def locate(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Proj
     tables = read_toml(file) if file else {}
     root = file.parent if file else cwd
     runs = env.get("HPC_RUNS") or tables.get("runs", "runs")
-    if not isinstance(runs, str):
+    if not isinstance(runs, str) or "\0" in runs:
         raise UsageError(f"runs must be a folder's name, not {runs!r}", hint='for example runs = "runs"')
     return Project(root=root, file=file, tables=tables, runs=root / os.path.expandvars(os.path.expanduser(runs)))
 
@@ -158,7 +158,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def site_names(root: Path) -> list[str]:
     """The profiles that can be chosen."""
-    return sorted({file.stem for folder in _site_folders(root) for file in folder.glob("*.toml")})
+    return sorted({file.stem for folder in _site_folders(root) for file in folder.glob("*.toml") if file.is_file()})
 
 
 def _search(cwd: Path) -> Path | None:
@@ -171,6 +171,8 @@ def _known_tables(layers: Sequence[Layer]) -> None:
         for name, value in layer.table.items():
             if isinstance(value, Mapping) and name not in known:
                 raise UsageError(f"{layer.origin}: there is no stage '{name}'", hint=did_you_mean(name, sorted(known)))
+            if not isinstance(value, Mapping) and name in {"environments", *stages.available()}:
+                raise UsageError(f"{layer.origin}: {name} = {value!r} must be a table", hint=f"[{name}] NAME = VALUE")
 
 
 def _pipeline(layers: Sequence[Layer]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import UsageError
-from hpc.login import cli, planning
+from hpc.login import cli, doctor, planning
 from hpc.login.settings import Layer, Settings, assignment, environment, load, locate, site_names
 
 Load = Callable[..., Settings]
@@ -92,9 +92,10 @@ def test_runs_may_name_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert locate({}, tmp_path).runs == Path("/scratch/me/runs")
 
 
-def test_runs_must_be_text(tmp_path: Path) -> None:
-    (tmp_path / "hpc.toml").write_text("runs = 3")
-    with pytest.raises(UsageError, match="runs must be a folder's name, not 3"):
+@pytest.mark.parametrize("runs", ["3", r'"a\u0000b"'])
+def test_runs_must_be_text(tmp_path: Path, runs: str) -> None:
+    (tmp_path / "hpc.toml").write_text(f"runs = {runs}")
+    with pytest.raises(UsageError, match="runs must be a folder's name, not "):
         locate({}, tmp_path)
 
 
@@ -163,6 +164,13 @@ def test_profile_of_the_project_hides_that_of_the_user_and_ours(settings: Load, 
     (no_own_profiles / "slurm.toml").write_text('partition = "user"')
     assert settings(site="slurm").site.partition == "user"
     assert settings(site="slurm", files={"sites/slurm.toml": 'partition = "project"'}).site.partition == "project"
+
+
+def test_what_is_no_file_is_no_profile(settings: Load, tmp_path: Path) -> None:
+    (tmp_path / "project" / "sites" / "mine.toml").mkdir(parents=True)
+    (tmp_path / "project" / "sites" / "gone.toml").symlink_to("nowhere")
+    assert not {"mine", "gone"} & set(site_names(tmp_path / "project"))
+    assert refusal(settings, site="mine").hint.startswith("choose from: ")
 
 
 def test_profiles_of_all_places_can_be_chosen(settings: Load, tmp_path: Path, no_own_profiles: Path) -> None:
@@ -349,6 +357,8 @@ def test_set_without_name_and_value_is_refused(text: str) -> None:
         ("[pipeline]\nstages = ['prepair']", "there is no stage 'prepair'", "did you mean 'prepare'?"),
         ("[pipeline]\nstages = ['merge', 'merge']", "pipeline.stages names a stage twice", "once"),
         ("[pipeline]\nstage = ['merge']", "pipeline has no 'stage'", "it has: stages"),
+        ("prepare = 3", "prepare = 3 must be a table", "[prepare]"),
+        ("environments = 'x'", "environments = 'x' must be a table", "[environments]"),
         ("site = 3", "site must be the name of a site profile", 'site = "dgx"'),
         ("site = 'dgxx'", "there is no site profile 'dgxx'", "did you mean 'dgx'?"),
     ],
@@ -382,6 +392,7 @@ def test_wrong_value_names_the_environment(settings: Load) -> None:
         ("scheduler = 'pbs'", "site.scheduler = 'pbs' does not fit", "one of 'local', 'slurm'"),
         ("setup = 'module load x'\nmem = 3", "site.mem = 3 does not fit", "true or false"),
         ("extends = 'nothing'", "there is no site profile 'nothing'", "choose from"),
+        ("extends = 5", "site profile 'mine': extends = 5 is no name", 'extends = "slurm"'),
         ("extends = 'mine'", "in a circle: mine -> mine", "extends"),
         ("partition = = 1", "mine.toml is not valid TOML", ""),
     ],
@@ -417,6 +428,13 @@ def test_account_that_is_a_number_is_text(settings: Load) -> None:
 def test_wrong_resource_names_the_file_though_a_flag_sets_another(settings: Load) -> None:
     error = refusal(settings, "[finetune]\nresources = { mem_gbb = 1 }", "finetune.resources.time_min=5")
     assert "hpc.toml: finetune.resources has no setting 'mem_gbb'" in error.message
+
+
+def test_pipeline_without_a_stage_is_named(settings: Load) -> None:
+    found = settings("[pipeline]\nstages = []")
+    with pytest.raises(UsageError, match="names no stage"):
+        planning._wanted(cli.parser().parse_args(["plan"]), found)
+    assert doctor._settings(found).verdict == "missing"
 
 
 def test_auto_on_the_command_line_is_build_auto() -> None:
