@@ -122,9 +122,7 @@ def states(runs: Iterable[tuple[RunDir, Mapping[str, Any]]], scheduler: Schedule
     open_ones: list[tuple[int, _Submitted]] = []
     for run, asked in runs:
         for name, key in asked["keys"].items():
-            submitted = _Submitted(
-                run=run, stage_dir=run.stage(name), key=key, job=rundir.read_json(run.stage(name).job) or {}
-            )
+            submitted = _Submitted(run=run, stage_dir=run.stage(name), key=key, job=_job(run.stage(name)))
             state = _from_files(submitted, scheduler)
             if state is None:
                 open_ones.append((len(found), submitted))
@@ -133,6 +131,13 @@ def states(runs: Iterable[tuple[RunDir, Mapping[str, Any]]], scheduler: Schedule
         for place, state in _from_accounting(open_ones, scheduler):
             found[place] = state
     return [_in_words(s) for s in found if s is not None]
+
+
+def _job(folder: StageDir) -> Mapping[str, Any]:
+    """Its job.json; {} where there is none, or it is not whole."""
+    job = rundir.read_json(folder.job) or {}
+    whole = {"attempt", "status", "scheduler", "job_id", "comment", "submitted"} <= job.keys()
+    return job if whole or "reused" in job else {}
 
 
 def _base(submitted: _Submitted, **values: Any) -> StageState:
@@ -258,7 +263,7 @@ def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | No
         reason=reason,
         hint=hint,
         node=ended.get("host", ""),
-        elapsed_s=ended["ended"] - ended["started"],
+        elapsed_s=ended["ended"] - ended["started"] if {"started", "ended"} <= ended.keys() else None,
         exit_code=ended.get("exit_code"),
         resumable=resumable,
     )

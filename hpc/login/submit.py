@@ -77,7 +77,7 @@ class Submission:
         for placed in self.placed:
             folder = self.reused.get(placed.name) or (placed.stage_dir if self._done(placed.name) else None)
             manifest = rundir.read_json(folder.manifest) if folder else None
-            if manifest is not None:
+            if manifest is not None and {"started", "ended"} <= manifest.keys():
                 spent = manifest["ended"] - manifest["started"]
                 seconds += spent
                 gpu_seconds += spent * placed.planned.resources.gpus
@@ -208,7 +208,7 @@ def _all_done(run: RunDir, plan: Plan) -> bool:
 
 def _reuses(folder: StageDir, key: str) -> bool:
     job = rundir.read_json(folder.job) or {}
-    return "reused" in job and job["key"] == key
+    return "reused" in job and job.get("key") == key
 
 
 def _standing(
@@ -221,7 +221,7 @@ def _standing(
     for name, state in found.items():
         job = run.stage(name).job
         known = rundir.read_json(job) or {}
-        if state.job_id and "comment" in known and not known["job_id"]:
+        if state.job_id and "comment" in known and not known.get("job_id"):
             # an earlier `hpc submit` was killed between sbatch and writing the id down
             rundir.write_json(job, {**known, "job_id": state.job_id, "status": "submitted"})
     return {n: s for n, s in found.items() if n in plan.keys and (s.state != NOT_SUBMITTED or s.attempt)}

@@ -122,6 +122,11 @@ def test_submission_that_was_killed_after_sbatch_is_found_by_its_comment(world: 
     assert (world.one().state, world.one().job_id) == ("RUNNING", "99")
 
 
+def test_job_file_that_is_not_whole_is_none(world: World) -> None:
+    rundir.write_json(world.job(world.run()).job, {"status": "submitted", "scheduler": "slurm", "job_id": "7"})
+    assert (world.one().state, world.one().attempt) == (NOT_SUBMITTED, 0)
+
+
 # ---- live jobs
 
 
@@ -182,6 +187,11 @@ def test_outcome_of_the_node_is_the_end(world: World) -> None:
     assert (found.state, found.reason, found.hint, found.exit_code) == ("FAILED", "why", "do", 3)
     assert (found.node, found.elapsed_s, found.resumable) == ("dgx02", 30, True)
     assert "sacct" not in world.asked, "the files tell it all"
+
+
+def test_outcome_without_times_has_no_duration(world: World) -> None:
+    rundir.write_json(world.job(world.run()).attempt(1).outcome, {"state": "FAILED"})
+    assert (world.one().state, world.one().elapsed_s) == ("FAILED", None)
 
 
 def test_completed_needs_its_manifest(world: World) -> None:

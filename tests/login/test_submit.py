@@ -194,6 +194,7 @@ def test_second_submit_finds_nothing_to_do(cluster: Cluster) -> None:
 def test_second_submit_of_a_finished_run_finds_nothing_to_do(cluster: Cluster) -> None:
     cluster.finish(cluster.submit().run, *NAMES)
     assert cluster.prepare().todo == ()
+    assert cluster.prepare().saved() == (0, 0), "these manifests have no times"
 
 
 def test_part_of_a_run_that_is_there_is_no_new_run(cluster: Cluster) -> None:
