@@ -78,10 +78,13 @@ def _runs(settings: Settings) -> Check:
     there = folder
     while not there.exists():
         there = there.parent
-    colon = ":" in str(folder)
-    if colon or not there.is_dir() or not os.access(there, os.W_OK):
-        found = f"{folder} {'has a colon in its name' if colon else 'cannot be written'}"
-        return Check(what="runs", verdict="missing", found=found, hint="set `runs` or HPC_RUNS")
+    refused = {
+        "has a colon in its name": ":" in str(folder),
+        "is no UTF-8 text": str(folder).encode(errors="ignore").decode() != str(folder),
+        "cannot be written": not there.is_dir() or not os.access(there, os.W_OK),
+    }
+    for why in filter(refused.get, refused):
+        return Check(what="runs", verdict="missing", found=f"{folder} {why}", hint="set `runs` or HPC_RUNS")
     free = shutil.disk_usage(there).free / 2**30
     return Check(
         what="runs",

@@ -311,7 +311,8 @@ def _checked(
         hint = hints[field]
         try:
             made = msgspec.convert(_as_typed(value, hint), hint)
-            if any(isinstance(v, float) and not math.isfinite(v) for v in (made if isinstance(made, tuple) else [made])):
+            numbers = [v for v in (made if isinstance(made, tuple) else [made]) if isinstance(v, float)]
+            if not all(map(math.isfinite, numbers)):
                 raise msgspec.ValidationError("Expected a finite number")
             yield field, made
         except msgspec.ValidationError as error:

@@ -112,6 +112,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *
             f"the jobs cannot be given the run folder {run.path}: there is a colon in its name",
             hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder without one",
         )
+    str(run.path).encode()  # UnicodeEncodeError, which is told of, where no file of the run could name it
     standing = _standing(run, plan, everything, scheduler) if found else {}
     reused = {
         name: folder
@@ -177,7 +178,7 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
             f"interrupted: {names} of {work.run.id} was submitted",
             hint="the same `hpc submit` again completes it",
         ) from None
-    except (HpcError, OSError):
+    except (HpcError, OSError, ValueError):
         _withdraw(work, submitted, ids)
         raise
     timings.jobs = time.perf_counter() - clock
@@ -266,9 +267,9 @@ def _write_run(work: Submission, settings: Settings) -> None:
                 rundir.write_text(part.patch, patch)
             rundir.write_json(part.run, _run_document(work, settings, git))
             part.path.rename(run.path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that UTF-8 can't hold
             shutil.rmtree(part.path, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise RuntimeUnavailable(

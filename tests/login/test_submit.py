@@ -385,6 +385,21 @@ def test_no_space_for_the_snapshot_leaves_no_half_run(cluster: Cluster, monkeypa
     assert cluster.runs == []
 
 
+def test_name_that_is_not_utf_8_leaves_no_half_run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = replace(cluster.settings().project, runs=cluster.folder / "caf\udce9")
+    with pytest.raises(UnicodeEncodeError):
+        prepare(cluster.plan(), replace(cluster.settings(), project=project), "pipeline", cluster.scheduler())
+    with monkeypatch.context() as argv:
+        argv.setattr("sys.argv", ["hpc", "caf\udce9"])
+        with pytest.raises(UnicodeEncodeError):
+            cluster.submit()
+    assert cluster.runs == []
+    cluster.before["prepare"] = UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed")
+    with pytest.raises(UnicodeEncodeError):
+        cluster.submit()
+    assert cluster.runs == []
+
+
 # ---- two at once
 
 
