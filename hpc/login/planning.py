@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 from hpc.core import plan as plans
@@ -182,6 +182,16 @@ def make(
     if not only:
         _refuse_missing(options.first, wanted, work)
     return Work(settings=settings, submission=work)
+
+
+def submit(work: Work, scheduler: Scheduler, say: Callable[[str], None]) -> Work:
+    """Submit it; the work as it was, or in another run where its number was taken for something else meanwhile."""
+    while True:
+        try:
+            submitting.submit(work.submission, work.settings, scheduler, say)
+            return work
+        except submitting.TakenError:
+            work = replace(work, submission=submitting.anew(work.submission, work.settings, scheduler))
 
 
 def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:

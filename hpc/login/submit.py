@@ -185,6 +185,15 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
     return timings
 
 
+class TakenError(RuntimeUnavailable):
+    """Another hpc has taken the number of a new run, for something else: the next one is free."""
+
+
+def anew(work: Submission, settings: Settings, scheduler: Scheduler) -> Submission:
+    """The same, in the run with the next free number."""
+    return prepare(work.plan, settings, work.run.id.rpartition("-")[0], scheduler)
+
+
 def _refuse_two(work: Submission) -> None:
     """RuntimeUnavailable where another hpc is at this very run: its jobs have no numbers yet to depend on."""
     busy = next((s for s in work.standing.values() if s.active and not s.job_id), None)
@@ -272,7 +281,10 @@ def _write_run(work: Submission, settings: Settings) -> None:
             if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise RuntimeUnavailable(
+                everything = RunsDir(run.path.parent).runs()
+                same = any(r == run and a["uid"] == os.getuid() and a["keys"] == work.plan.keys for r, a in everything)
+                kind = RuntimeUnavailable if same else TakenError
+                raise kind(
                     f"{run.id} is being submitted by another hpc at this moment", hint="the same command again"
                 ) from error
             raise UsageError(

@@ -16,8 +16,9 @@ from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageErro
 from hpc.core.plan import Plan, plan
 from hpc.core.rundir import RunDir
 from hpc.core.site import Site
-from hpc.login import batch, slurm, snapshot
+from hpc.login import batch, planning, slurm, snapshot
 from hpc.login.place import Placed
+from hpc.login.planning import Work
 from hpc.login.settings import Project, Settings
 from hpc.login.states import Scheduler, states
 from hpc.login.submit import Submission, prepare, submit
@@ -425,6 +426,17 @@ def test_two_that_start_the_same_run_make_one(cluster: Cluster) -> None:
     assert [n for n, _ in cluster.submitted] == NAMES
     assert cluster.runs == ["pipeline-1"]
     assert cluster.prepare().todo == ()
+
+
+def test_two_that_start_different_runs_get_one_each(cluster: Cluster) -> None:
+    one, two = cluster.prepare(rank=1), cluster.prepare(rank=2)
+    made = [
+        planning.submit(Work(settings=cluster.settings(), submission=work), cluster.scheduler(), lambda text: None)
+        for work in (one, two)
+    ]
+    assert [work.submission.run.id for work in made] == cluster.runs == ["pipeline-1", "pipeline-2"]
+    assert [n for n, _ in cluster.submitted] == [*NAMES, *NAMES]
+    assert made[1].submission.placed[0].stage_dir.path.parent.name == "pipeline-2"
 
 
 # ---- dry run
