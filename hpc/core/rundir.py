@@ -70,7 +70,7 @@ class AttemptDir:
 
     @property
     def process(self) -> Path:
-        """A local job's controller: {"pid", "start", "group"}, written by the process that starts it."""
+        """A local job's controller: {"pid", "start", "group", "host", "heartbeat_s"}; by the process that starts it."""
         return self.path / "process.json"
 
     @property

@@ -60,7 +60,7 @@ class Work:
         if state is not None and state.state == "COMPLETED" and placed.name not in self.submission.services:
             return "done"
         if state is not None and state.active and placed not in self.submission.todo:
-            return f"{state.state} as job {state.job_id}"
+            return f"{state.state} as job {state.job_id}" + (f" on {state.node}" if state.node else "")
         return "submit" if placed.attempt == 1 else f"submit again (attempt {placed.attempt})"
 
     def show(self, out: IO[str]) -> None:

@@ -16,7 +16,7 @@ from hpc.core.errors import HpcError, RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
 from hpc.login import doing, slurm
 from hpc.login.slurm import ENDED
-from hpc.node.enter import alive
+from hpc.node.enter import alive, elsewhere, gone
 
 _CLOCK_SKEW_S = 5
 
@@ -274,22 +274,20 @@ def _local(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
     process = rundir.read_json(attempt.process)
     if process is not None:
         submitted = replace(submitted, job={**job, "job_id": process["pid"]})  # hpc may have been killed before it knew
-    if process is not None and alive(process["pid"], process["start"]):
+    host = elsewhere(process) if process is not None else ""
+    if process is not None and not gone(attempt, process):
         events = rundir.last_events(attempt.events)
-        if not any(e["phase"] in {"running", "staging", "checking"} for e in events) and not attempt.heartbeat.exists():
-            return _base(submitted, state="PENDING", reason="Dependency" if job.get("after") else "starting")
-        return _running(_base(submitted, state="RUNNING", node=_host(events)), attempt, _started(attempt))
+        if not any(e["phase"] in {"running", "staging", "checking"} for e in events) and not attempt.launch.exists():
+            return _base(submitted, state="PENDING", reason="Dependency" if job.get("after") else "starting", node=host)
+        return _running(_base(submitted, state="RUNNING", node=host or os.uname().nodename), attempt, _started(attempt))
     if ended is not None:
         return _ended(submitted, ended)
     if attempt.stop.exists():
         return _base(submitted, state="CANCELLED", reason="cancelled by hpc cancel")
     if process is None:
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
-    return _base(submitted, state=LOST, reason="its process is gone: killed, or the machine restarted")
-
-
-def _host(events: list[dict[str, Any]]) -> str:
-    return next((str(e["host"]) for e in events if "host" in e), os.uname().nodename)
+    why = f"no sign of life from {host}" if host else "its process is gone: killed, or the machine restarted"
+    return _base(submitted, state=LOST, reason=why, node=host)
 
 
 def _started(attempt: rundir.AttemptDir) -> float | None:

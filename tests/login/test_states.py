@@ -16,6 +16,7 @@ from hpc.core.endpoint import Endpoint
 from hpc.core.errors import RuntimeUnavailable
 from hpc.core.rundir import AttemptDir, RunDir, RunsDir, StageDir
 from hpc.login import view
+from hpc.login.cancel import cancel
 from hpc.login.states import ACTIVE, LOST, NOT_SUBMITTED, REASONS, UNKNOWN, Scheduler, StageState, states
 from hpc.node.enter import process_start
 
@@ -378,10 +379,9 @@ def test_local_stage_that_waits_for_its_input_is_pending(world: World) -> None:
 def test_local_stage_at_work_is_running(world: World) -> None:
     attempt = local(world).attempt(1)
     attempt.launch.write_text("{}")
-    rundir.append_event(attempt.events, "starting", host="laptop")
     rundir.append_event(attempt.events, "running", done=1, total=2)
     found = world.one()
-    assert (found.state, found.node, found.done) == ("RUNNING", "laptop", 1)
+    assert (found.state, found.node, found.done) == ("RUNNING", os.uname().nodename, 1)
     assert found.elapsed_s is not None
 
 
@@ -404,6 +404,39 @@ def test_local_stage_whose_process_is_gone_is_lost(world: World) -> None:
 def test_local_stage_that_was_killed_by_hpc_cancel_is_cancelled(world: World) -> None:
     rundir.write_json(local(world, start="gone").attempt(1).stop, {})
     assert world.one().state == "CANCELLED"
+
+
+def of_another_machine(world: World, silent_s: float = 0) -> StageDir:
+    """A stage that runs on login2, where its last sign of life is so old."""
+    folder = local(world, start="of login2", host="login2", heartbeat_s=30)
+    attempt = folder.attempt(1)
+    attempt.launch.write_text("{}")
+    attempt.heartbeat.touch()
+    for path in (attempt.process, attempt.heartbeat):
+        os.utime(path, (time.time() - silent_s,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(0, "RUNNING"), (140, "RUNNING"), (160, LOST)])
+def test_local_stage_of_another_machine_lives_as_long_as_its_heart_beats(
+    world: World, silent_s: float, state: str
+) -> None:
+    of_another_machine(world, silent_s)
+    assert (world.one().state, world.one().node) == (state, "login2")
+    assert world.one().reason == ("no sign of life from login2" if state == LOST else "")
+
+
+def test_local_stage_of_another_machine_ends_as_its_outcome_says(world: World) -> None:
+    ended(of_another_machine(world).attempt(1), "TIMEOUT")
+    assert world.one().state == "TIMEOUT"
+
+
+def test_local_stage_of_another_machine_is_not_cancelled_from_here(world: World) -> None:
+    attempt = of_another_machine(world).attempt(1)
+    with pytest.raises(RuntimeUnavailable, match="pipeline-1/first runs on login2") as caught:
+        cancel(RunDir(world.runs.path / "pipeline-1"), world.all())
+    assert caught.value.hint == "ssh login2, then hpc cancel pipeline-1/first"
+    assert not attempt.stop.exists()
 
 
 def test_local_stage_never_asks_slurm(world: World) -> None:
