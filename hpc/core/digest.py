@@ -76,7 +76,7 @@ class Digests:
         seen = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
         name = str(path.resolve())
         known = self._known.get(name)
-        if known is None or known[0] != seen:
+        if not (isinstance(known, list) and len(known) == 2 and known[0] == seen):
             if stat.st_size > 1 << 30:
                 self._say(f"reading {path} ({stat.st_size / 2**30:.1f} GiB) once, to know its content")
             known = self._known[name] = [seen, sha256(path)]

@@ -122,6 +122,16 @@ def model_behind(name: str, order: Sequence[str], wishes: Mapping[str, Wish]) ->
     return None
 
 
+def in_place(one: Wish, wishes: Sequence[Wish]) -> list[Wish]:
+    """With a stage that the pipeline leaves out: before the first it can feed where it needs none of them, or last."""
+    needs = [name for name, wanted in one.stage.consumes.items() if not wanted.optional]
+    made = {artifact.kind for artifact in one.stage.outputs(one.config).values()}
+    fed = (i for i, w in enumerate(wishes) if made & {wanted.kind for wanted in w.stage.consumes.values()})
+    alone = all(getattr(one.config, name, None) is not None for name in needs)
+    place = next(fed, len(wishes)) if alone else len(wishes)
+    return [*wishes[:place], one, *wishes[place:]]
+
+
 def closure(wanted: Sequence[str], wishes: Mapping[str, Wish], order: Sequence[str]) -> set[str]:
     needed: set[str] = set()
     waiting = list(wanted)

@@ -133,11 +133,9 @@ def plan(wishes: Sequence[Wish], wanted: Sequence[str], site: Site, facts: Facts
     by_name = {w.stage.name: w for w in settled(wishes, site, facts, limits)}
     order = list(by_name)
     planned: dict[str, Planned] = {}
-    notes: list[str] = []
-    for name in wanted:
-        why = by_name[name].stage.unneeded(by_name[name].config)
-        notes += [f"{name}: nothing to do, {why}"] if why else []
-    needed = {n for n in closure(wanted, by_name, order) if not by_name[n].stage.unneeded(by_name[n].config)}
+    idle = {name: why for name in wanted if (why := by_name[name].stage.unneeded(by_name[name].config))}
+    notes = [f"{name}: nothing to do, {why}" for name, why in idle.items()]
+    needed = closure([name for name in wanted if name not in idle], by_name, order)
     for name in order:
         if name in needed:
             one, remark = _one(by_name[name], planned, order, by_name, site, facts, limits)

@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class AttemptDir:
 
     @property
     def process(self) -> Path:
-        """A local job's controller: {"pid", "start", "group"}, written by the process that starts it."""
+        """A local job's controller: {"pid", "start", "group", "host", "heartbeat_s"}; by the process that starts it."""
         return self.path / "process.json"
 
     @property
@@ -163,8 +164,11 @@ class StageDir:
         return sorted(found, key=lambda attempt: attempt.number)
 
     def done(self, key: str) -> bool:
-        """True where a manifest with this key exists."""
-        manifest = read_json(self.manifest)
+        """True where a manifest with this key exists, and can be read."""
+        try:
+            manifest = read_json(self.manifest)
+        except OSError:
+            return False
         return manifest is not None and manifest.get("key") == key
 
 
@@ -230,16 +234,20 @@ class RunsDir:
         found = []
         for entry in _scan(self.path):
             head, _, tail = entry.name.rpartition("-")
-            if head and tail.isdigit() and entry.is_dir():
-                found.append((int(tail), Path(entry.path)))
+            with suppress(OSError):  # a link that leads nowhere
+                if head and tail.isdecimal() and entry.is_dir():
+                    found.append((int(tail), Path(entry.path)))
         return sorted(found, reverse=True)
 
     def runs(self) -> Iterator[tuple[RunDir, dict[str, Any]]]:
-        """(folder, run.json) of every complete run folder, the newest first."""
+        """(folder, run.json) of every complete run folder that can be read, the newest first."""
         for _, path in self.numbers():
             run = RunDir(path)
-            asked = read_json(run.run)
-            if asked is not None:
+            try:
+                asked = read_json(run.run) or {}
+            except OSError:  # another user's, for him alone
+                continue
+            if "uid" in asked and isinstance(asked.get("keys"), dict):
                 yield run, asked
 
     def next(self, name: str) -> RunDir:

@@ -89,6 +89,8 @@ def resolve(name: str, read: Callable[[str], Mapping[str, Any]]) -> dict[str, An
         table = read(following)
         chain.append(table)
         following = table.get("extends")
+        if not isinstance(following, str | None):
+            raise UsageError(f"site profile '{seen[-1]}': extends = {following!r} is no name", hint='extends = "slurm"')
     merged: dict[str, Any] = {}
     for table in reversed(chain):
         merge(merged, {k: v for k, v in table.items() if k != "extends"})

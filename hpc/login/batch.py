@@ -65,7 +65,8 @@ def submit_local(placed: Placed) -> int:
         executor = LocalExecutor(folder=placed.scheduler_dir, python=shlex.quote(placed.python))
         executor.update_parameters(timeout_min=_NEVER_MIN, gpus_per_node=placed.planned.resources.gpus_per_node)
         pid = int(executor.submit(enter, placed.job).job_id)
-        who = {"pid": pid, "start": process_start(pid), "group": os.getpid()}
+        who = {"pid": pid, "start": process_start(pid), "group": os.getpid(), "host": os.uname().nodename}
+        who["heartbeat_s"] = placed.job.heartbeat_s
         rundir.write_json(placed.stage_dir.attempt(placed.attempt).process, who)
         return pid
 

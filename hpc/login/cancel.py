@@ -8,16 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc.core import rundir
+from hpc.core.errors import RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
 from hpc.login import batch, slurm, succession
 from hpc.login.states import StageState
-from hpc.node.enter import alive
+from hpc.node.enter import alive, elsewhere
 
 _GRACE_S = 10
 
 
 def cancel(run: RunDir, chosen: Sequence[StageState]) -> None:
     """End these stages, the last of the pipeline first, so that none starts because one before it ended."""
+    for state in chosen:
+        process = rundir.read_json(run.stage(state.stage).attempt(state.attempt).process) or {}
+        if host := elsewhere(process):
+            what = f"{run.id}/{state.stage}"
+            raise RuntimeUnavailable(
+                f"{what} runs on {host}, and can be ended there alone", hint=f"ssh {host}, then hpc cancel {what}"
+            )
     jobs = []
     for state in reversed(chosen):
         folder = run.stage(state.stage)

@@ -54,7 +54,7 @@ def plan(options: argparse.Namespace) -> int:
 def submit(options: argparse.Namespace) -> int:
     from hpc.login import follow, succession
     from hpc.login.planning import make, on_login_node
-    from hpc.login.submit import submit as submit_all
+    from hpc.login.planning import submit as submit_all
 
     scheduler = Scheduler()
     work = make(options, scheduler, _chatter)
@@ -77,7 +77,8 @@ def submit(options: argparse.Namespace) -> int:
         return 0
     quiet = options.json or options.wait
     if submission.todo or submission.is_new or options.replace:
-        submit_all(submission, work.settings, scheduler, (lambda text: None) if quiet else _chatter)
+        work = submit_all(work, scheduler, (lambda text: None) if quiet else _chatter)
+        submission = work.submission
     code = 0
     if options.wait and options.replace:
         succession.wait(submission.run, submission.successors[options.target][0], _chatter)

@@ -68,6 +68,8 @@ def _submitit() -> Check:
 def _settings(settings: Settings) -> Check:
     file = settings.project.file
     where = str(file) if file else "no hpc.toml here or above: the defaults"
+    if not settings.wishes:
+        return Check(what="settings", verdict="missing", found=f"{where}; pipeline.stages names no stage")
     return Check(what="settings", verdict="ok", found=f"{where}; site {settings.site.name}")
 
 
@@ -76,8 +78,13 @@ def _runs(settings: Settings) -> Check:
     there = folder
     while not there.exists():
         there = there.parent
-    if not os.access(there, os.W_OK):
-        return Check(what="runs", verdict="missing", found=f"{folder} cannot be written", hint="set `runs` or HPC_RUNS")
+    refused = {
+        "has a colon in its name": ":" in str(folder),
+        "is no UTF-8 text": str(folder).encode(errors="ignore").decode() != str(folder),
+        "cannot be written": not there.is_dir() or not os.access(there, os.W_OK),
+    }
+    for why in filter(refused.get, refused):
+        return Check(what="runs", verdict="missing", found=f"{folder} {why}", hint="set `runs` or HPC_RUNS")
     free = shutil.disk_usage(there).free / 2**30
     return Check(
         what="runs",
@@ -154,7 +161,8 @@ def _reach(settings: Settings) -> Iterator[Check]:
     mine = [(run, asked) for run, asked in RunsDir(settings.project.runs).runs() if asked["uid"] == os.getuid()]
     wanted = settings.site.reach
     try:
-        way = tunnel.Way(tunnel.choose([m for m in mine if m[1]["site"] == settings.site.name], None), settings.site)
+        here = [(run, asked) for run, asked in mine if asked.get("site") == settings.site.name]
+        way = tunnel.Way(tunnel.choose(here, None), settings.site)
         found = way.service.announced()
     except HpcError:
         found = None

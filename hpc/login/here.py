@@ -9,7 +9,6 @@ from collections.abc import Callable
 from hpc.login import follow, planning
 from hpc.login.settings import Layer
 from hpc.login.states import Scheduler
-from hpc.login.submit import submit
 
 _HERE = Layer('network = "login"', {"site": {"scheduler": "local", "gpus": "none"}})
 
@@ -22,7 +21,7 @@ def first(
         say(f"{name}: runs on this login node, which has the network that the site's nodes lack")
         here = planning.make(options, scheduler, say, only=[name], over=[_HERE])
         if here.submission.todo or here.submission.is_new:
-            submit(here.submission, here.settings, scheduler, lambda text: None)
+            here = planning.submit(here, scheduler, lambda text: None)
         code = follow.wait(here.submission.run, [name], sys.stderr)
         if code:
             return work, code

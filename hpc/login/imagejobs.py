@@ -17,7 +17,7 @@ from hpc.login import slurm, snapshot
 from hpc.login.place import Placed, batch_parameters, comment_of
 from hpc.login.settings import Settings
 from hpc.login.states import Scheduler, StageState, states
-from hpc.login.submit import Submission, submit
+from hpc.login.submit import Submission, TakenError, submit
 from hpc.node.enter import Job
 from hpc.node.launch import PASSES, Launch
 
@@ -56,7 +56,10 @@ def send(tasks: Sequence[Task], settings: Settings, say: Callable[[str], None]) 
         site_name=site.name,
         scheduler=site.scheduler,
     )
-    submit(work, settings, Scheduler(), say)
+    try:
+        submit(work, settings, Scheduler(), say)
+    except TakenError:
+        return send(tasks, settings, say)
     return run
 
 

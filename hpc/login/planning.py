@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO, Any
 
 from hpc.core import plan as plans
@@ -60,7 +60,7 @@ class Work:
         if state is not None and state.state == "COMPLETED" and placed.name not in self.submission.services:
             return "done"
         if state is not None and state.active and placed not in self.submission.todo:
-            return f"{state.state} as job {state.job_id}"
+            return f"{state.state} as job {state.job_id}" + (f" on {state.node}" if state.node else "")
         return "submit" if placed.attempt == 1 else f"submit again (attempt {placed.attempt})"
 
     def show(self, out: IO[str]) -> None:
@@ -84,8 +84,9 @@ class Work:
                 )
             )
         headings = ("STAGE", "ACTION", "AFTER", "NODES", "GPUS", "CPUS", "MEM", "TIME", "ENVIRONMENT", "KEY")
-        print(f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out)
-        view.table(headings, rows, out)
+        if rows:
+            print(f"{work.run.id} on site {work.site_name} ({'new run' if work.is_new else 'continued'})", file=out)
+            view.table(headings, rows, out)
         for note in work.plan.notes:
             print(f"note: {note}", file=out)
         for name in on_login_node(self.settings, work):
@@ -183,6 +184,16 @@ def make(
     return Work(settings=settings, submission=work)
 
 
+def submit(work: Work, scheduler: Scheduler, say: Callable[[str], None]) -> Work:
+    """Submit it; the work as it was, or in another run where its number was taken for something else meanwhile."""
+    while True:
+        try:
+            submitting.submit(work.submission, work.settings, scheduler, say)
+            return work
+        except submitting.TakenError:
+            work = replace(work, submission=submitting.anew(work.submission, work.settings, scheduler))
+
+
 def on_login_node(settings: Settings, work: submitting.Submission) -> list[str]:
     """The stages to submit that must run here: they need a network, and the site's nodes have none."""
     if settings.site.scheduler == "local" or settings.site.network == "nodes":
@@ -221,6 +232,8 @@ def _wanted(options: argparse.Namespace, settings: Settings) -> list[str]:
     order = [w.stage.name for w in settings.wishes]
     if options.target != "pipeline":
         order = [options.target]
+    if not order:
+        raise UsageError("pipeline.stages names no stage", hint='stages = ["prepare", "finetune"]')
     for bound in (options.first, options.last):
         if bound is not None and bound not in order:
             stages.load(bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import typing
@@ -15,6 +16,7 @@ from hpc.core import site as sites
 from hpc.core import stage as stages
 from hpc.core.assets import TEMPLATES
 from hpc.core.errors import UsageError, did_you_mean
+from hpc.core.feeding import in_place
 from hpc.core.plan import Wish
 from hpc.core.site import Site
 from hpc.core.stage import Resources
@@ -67,7 +69,7 @@ def locate(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Proj
     tables = read_toml(file) if file else {}
     root = file.parent if file else cwd
     runs = env.get("HPC_RUNS") or tables.get("runs", "runs")
-    if not isinstance(runs, str):
+    if not isinstance(runs, str) or "\0" in runs:
         raise UsageError(f"runs must be a folder's name, not {runs!r}", hint='for example runs = "runs"')
     return Project(root=root, file=file, tables=tables, runs=root / os.path.expandvars(os.path.expanduser(runs)))
 
@@ -91,15 +93,18 @@ def load(
         *flags,
     ]
     _known_tables(layers)
-    pipeline = _pipeline(layers, target)
-    layers = [_spread(layer, pipeline) for layer in layers]
+    pipeline = _pipeline(layers)
+    asked = [] if target in {"pipeline", *pipeline} else [target]
+    layers = [_spread(layer, [*pipeline, *asked]) for layer in layers]
     site_name = site or env.get("HPC_SITE") or project.tables.get("site", "local")
     if not isinstance(site_name, str):
         raise UsageError("site must be the name of a site profile", hint='for example site = "dgx"')
     origins: dict[str, str] = {}
     chosen = _site(site_name, project.root, layers, origins)
-    wishes = tuple(_wish(stages.load(name), layers, origins) for name in pipeline)
-    return Settings(project=project, site=chosen, wishes=wishes, origins=origins)
+    wishes, added = ([_wish(stages.load(name), layers, origins) for name in names] for names in (pipeline, asked))
+    for one in added:
+        wishes = in_place(one, wishes)
+    return Settings(project=project, site=chosen, wishes=tuple(wishes), origins=origins)
 
 
 def site_profile(project: Project, name: str, env: Mapping[str, str] = os.environ) -> Site:
@@ -147,13 +152,13 @@ def read_toml(path: Path) -> dict[str, Any]:
             return tables
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="HPC_CONFIG names the file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}", hint="see the example in the README") from error
 
 
 def site_names(root: Path) -> list[str]:
     """The profiles that can be chosen."""
-    return sorted({file.stem for folder in _site_folders(root) for file in folder.glob("*.toml")})
+    return sorted({file.stem for folder in _site_folders(root) for file in folder.glob("*.toml") if file.is_file()})
 
 
 def _search(cwd: Path) -> Path | None:
@@ -166,10 +171,12 @@ def _known_tables(layers: Sequence[Layer]) -> None:
         for name, value in layer.table.items():
             if isinstance(value, Mapping) and name not in known:
                 raise UsageError(f"{layer.origin}: there is no stage '{name}'", hint=did_you_mean(name, sorted(known)))
+            if not isinstance(value, Mapping) and name in {"environments", *stages.available()}:
+                raise UsageError(f"{layer.origin}: {name} = {value!r} must be a table", hint=f"[{name}] NAME = VALUE")
 
 
-def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
-    """The stages in order. A stage that the pipeline leaves out stands at its end when it is asked for by name."""
+def _pipeline(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The stages in order."""
     names: Any = list(_DEFAULT_PIPELINE)
     for layer in layers:
         table = layer.table.get("pipeline", {})
@@ -187,9 +194,6 @@ def _pipeline(layers: Sequence[Layer], target: str) -> tuple[str, ...]:
         stages.load(name)
     if len(set(names)) != len(names):
         raise UsageError("pipeline.stages names a stage twice", hint="each stage stands once in a pipeline")
-    if target != "pipeline" and target not in names:
-        stages.load(target)
-        names = [*names, target]
     return tuple(names)
 
 
@@ -306,7 +310,11 @@ def _checked(
             raise UsageError(f"{where}: {table} has no setting '{field}'", hint=did_you_mean(field, list(hints)))
         hint = hints[field]
         try:
-            yield field, msgspec.convert(_as_typed(value, hint), hint)
+            made = msgspec.convert(_as_typed(value, hint), hint)
+            numbers = [v for v in (made if isinstance(made, tuple) else [made]) if isinstance(v, float)]
+            if not all(map(math.isfinite, numbers)):
+                raise msgspec.ValidationError("Expected a finite number")
+            yield field, made
         except msgspec.ValidationError as error:
             raise UsageError(
                 f"{where}: {table}.{field} = {value!r} does not fit: {_plain(str(error))}",

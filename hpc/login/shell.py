@@ -49,6 +49,8 @@ def enter(run: RunDir, state: StageState, program: Sequence[str], node: str | No
     if not program:
         print(f"==> {what} on {node or state.node}: `exit` leaves, the stage goes on <==", file=sys.stderr)
     if state.scheduler == "local":
+        if state.node != os.uname().nodename:
+            raise HpcError(f"{what} runs on {state.node}, not here", hint=f"ssh {state.node}, then the same again")
         if node not in (None, state.node):
             raise UsageError(f"{what} runs on this machine, not on {node}", hint="leave --node out")
         os.execve(python, argv, env)

@@ -16,7 +16,7 @@ from hpc.core.errors import HpcError, RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
 from hpc.login import doing, slurm
 from hpc.login.slurm import ENDED
-from hpc.node.enter import alive
+from hpc.node.enter import alive, elsewhere, gone
 
 _CLOCK_SKEW_S = 5
 
@@ -122,9 +122,7 @@ def states(runs: Iterable[tuple[RunDir, Mapping[str, Any]]], scheduler: Schedule
     open_ones: list[tuple[int, _Submitted]] = []
     for run, asked in runs:
         for name, key in asked["keys"].items():
-            submitted = _Submitted(
-                run=run, stage_dir=run.stage(name), key=key, job=rundir.read_json(run.stage(name).job) or {}
-            )
+            submitted = _Submitted(run=run, stage_dir=run.stage(name), key=key, job=_job(run.stage(name)))
             state = _from_files(submitted, scheduler)
             if state is None:
                 open_ones.append((len(found), submitted))
@@ -133,6 +131,13 @@ def states(runs: Iterable[tuple[RunDir, Mapping[str, Any]]], scheduler: Schedule
         for place, state in _from_accounting(open_ones, scheduler):
             found[place] = state
     return [_in_words(s) for s in found if s is not None]
+
+
+def _job(folder: StageDir) -> Mapping[str, Any]:
+    """Its job.json; {} where there is none, or it is not whole."""
+    job = rundir.read_json(folder.job) or {}
+    whole = {"attempt", "status", "scheduler", "job_id", "comment", "submitted"} <= job.keys()
+    return job if whole or "reused" in job else {}
 
 
 def _base(submitted: _Submitted, **values: Any) -> StageState:
@@ -258,7 +263,7 @@ def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | No
         reason=reason,
         hint=hint,
         node=ended.get("host", ""),
-        elapsed_s=ended["ended"] - ended["started"],
+        elapsed_s=ended["ended"] - ended["started"] if {"started", "ended"} <= ended.keys() else None,
         exit_code=ended.get("exit_code"),
         resumable=resumable,
     )
@@ -269,22 +274,20 @@ def _local(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
     process = rundir.read_json(attempt.process)
     if process is not None:
         submitted = replace(submitted, job={**job, "job_id": process["pid"]})  # hpc may have been killed before it knew
-    if process is not None and alive(process["pid"], process["start"]):
+    host = elsewhere(process) if process is not None else ""
+    if process is not None and not gone(attempt, process):
         events = rundir.last_events(attempt.events)
-        if not any(e["phase"] in {"running", "staging", "checking"} for e in events) and not attempt.heartbeat.exists():
-            return _base(submitted, state="PENDING", reason="Dependency" if job.get("after") else "starting")
-        return _running(_base(submitted, state="RUNNING", node=_host(events)), attempt, _started(attempt))
+        if not any(e["phase"] in {"running", "staging", "checking"} for e in events) and not attempt.launch.exists():
+            return _base(submitted, state="PENDING", reason="Dependency" if job.get("after") else "starting", node=host)
+        return _running(_base(submitted, state="RUNNING", node=host or os.uname().nodename), attempt, _started(attempt))
     if ended is not None:
         return _ended(submitted, ended)
     if attempt.stop.exists():
         return _base(submitted, state="CANCELLED", reason="cancelled by hpc cancel")
     if process is None:
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
-    return _base(submitted, state=LOST, reason="its process is gone: killed, or the machine restarted")
-
-
-def _host(events: list[dict[str, Any]]) -> str:
-    return next((str(e["host"]) for e in events if "host" in e), os.uname().nodename)
+    why = f"no sign of life from {host}" if host else "its process is gone: killed, or the machine restarted"
+    return _base(submitted, state=LOST, reason=why, node=host)
 
 
 def _started(attempt: rundir.AttemptDir) -> float | None:
@@ -304,6 +307,11 @@ def _without_outcome(submitted: _Submitted, attempt: rundir.AttemptDir, state: s
     reason, hint = _ENDS.get(state, ("", "`hpc logs` shows what is known"))
     if state == "CANCELLED" and not attempt.events.exists():
         reason, hint = "cancelled before it began: by hand, or because its input failed", ""
+    if state == "COMPLETED":
+        os.listdir(submitted.stage_dir.path)  # else NFS may still say that there is no manifest
+        if submitted.stage_dir.done(submitted.key):
+            return _base(submitted, state=state, node=node)
+        state = "FAILED"
     resumable = state in _RESUMABLE
     return _base(submitted, state=state, reason=reason, hint=hint, node=node, resumable=resumable)
 

@@ -77,7 +77,7 @@ class Submission:
         for placed in self.placed:
             folder = self.reused.get(placed.name) or (placed.stage_dir if self._done(placed.name) else None)
             manifest = rundir.read_json(folder.manifest) if folder else None
-            if manifest is not None:
+            if manifest is not None and {"started", "ended"} <= manifest.keys():
                 spent = manifest["ended"] - manifest["started"]
                 seconds += spent
                 gpu_seconds += spent * placed.planned.resources.gpus
@@ -112,6 +112,7 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *
             f"the jobs cannot be given the run folder {run.path}: there is a colon in its name",
             hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder without one",
         )
+    str(run.path).encode()  # UnicodeEncodeError, which is told of, where no file of the run could name it
     standing = _standing(run, plan, everything, scheduler) if found else {}
     reused = {
         name: folder
@@ -177,11 +178,20 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
             f"interrupted: {names} of {work.run.id} was submitted",
             hint="the same `hpc submit` again completes it",
         ) from None
-    except (HpcError, OSError):
+    except (HpcError, OSError, ValueError):
         _withdraw(work, submitted, ids)
         raise
     timings.jobs = time.perf_counter() - clock
     return timings
+
+
+class TakenError(RuntimeUnavailable):
+    """Another hpc has taken the number of a new run, for something else: the next one is free."""
+
+
+def anew(work: Submission, settings: Settings, scheduler: Scheduler) -> Submission:
+    """The same, in the run with the next free number."""
+    return prepare(work.plan, settings, work.run.id.rpartition("-")[0], scheduler)
 
 
 def _refuse_two(work: Submission) -> None:
@@ -208,7 +218,7 @@ def _all_done(run: RunDir, plan: Plan) -> bool:
 
 def _reuses(folder: StageDir, key: str) -> bool:
     job = rundir.read_json(folder.job) or {}
-    return "reused" in job and job["key"] == key
+    return "reused" in job and job.get("key") == key
 
 
 def _standing(
@@ -221,7 +231,7 @@ def _standing(
     for name, state in found.items():
         job = run.stage(name).job
         known = rundir.read_json(job) or {}
-        if state.job_id and "comment" in known and not known["job_id"]:
+        if state.job_id and "comment" in known and not known.get("job_id"):
             # an earlier `hpc submit` was killed between sbatch and writing the id down
             rundir.write_json(job, {**known, "job_id": state.job_id, "status": "submitted"})
     return {n: s for n, s in found.items() if n in plan.keys and (s.state != NOT_SUBMITTED or s.attempt)}
@@ -266,12 +276,15 @@ def _write_run(work: Submission, settings: Settings) -> None:
                 rundir.write_text(part.patch, patch)
             rundir.write_json(part.run, _run_document(work, settings, git))
             part.path.rename(run.path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that UTF-8 can't hold
             shutil.rmtree(part.path, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, ValueError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise RuntimeUnavailable(
+                everything = RunsDir(run.path.parent).runs()
+                same = any(r == run and a["uid"] == os.getuid() and a["keys"] == work.plan.keys for r, a in everything)
+                kind = RuntimeUnavailable if same else TakenError
+                raise kind(
                     f"{run.id} is being submitted by another hpc at this moment", hint="the same command again"
                 ) from error
             raise UsageError(

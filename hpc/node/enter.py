@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
@@ -160,7 +161,8 @@ class _Watch:
 
 
 def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome:
-    blocked = _wait_for_inputs(job, watch)
+    with _heartbeat(attempt.heartbeat, job.heartbeat_s) if job.waits else contextlib.nullcontext():
+        blocked = _wait_for_inputs(job, watch)
     if blocked is not None:
         return blocked
     if job.image is not None:
@@ -269,12 +271,26 @@ def _has_failed(source: rundir.StageDir) -> str | None:
     if attempt.stop.exists():
         return "CANCELLED"
     started = rundir.read_json(attempt.process)
-    return "LOST" if started and not alive(started["pid"], started["start"]) else None
+    return "LOST" if started and gone(attempt, started) else None
 
 
 def alive(pid: int, start: str) -> bool:
     """True while the process with this number AND this start time runs: numbers are given again."""
     return process_start(pid) == start
+
+
+def elsewhere(process: Mapping[str, Any]) -> str:
+    """The machine that a local job was started on, where that is another one than this."""
+    host = str(process.get("host", ""))
+    return "" if host in ("", os.uname().nodename) or alive(process["pid"], process["start"]) else host
+
+
+def gone(attempt: rundir.AttemptDir, process: Mapping[str, Any]) -> bool:
+    """Whether a local job's controller is no more; on another machine, where it has ended or long written nothing."""
+    if not elsewhere(process):
+        return not alive(process["pid"], process["start"])
+    signs = [path.stat().st_mtime for path in (attempt.process, attempt.events, attempt.heartbeat) if path.exists()]
+    return attempt.outcome.exists() or time.time() - max(signs, default=0) > 3 * process["heartbeat_s"] + 60
 
 
 def process_start(pid: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_large_file_is_read_once(tmp_path: Path, store: Path, monkeypatch: pytes
     first.save()
     assert Digests(store).of(file) == value
     assert read == [file]
+
+
+@pytest.mark.parametrize("entry", ["text", [], ["seen"], {"a": 1}])
+def test_entry_that_is_none_of_ours_is_made_anew(tmp_path: Path, store: Path, entry: object) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(LARGE)
+    value = Digests(store).of(file)
+    store.parent.mkdir()
+    store.write_text(json.dumps({str(file): entry}))
+    assert Digests(store).of(file) == value
 
 
 def test_changed_content_of_the_same_size_and_time_is_seen(tmp_path: Path, store: Path) -> None:

@@ -45,6 +45,12 @@ def test_plan_leaves_out_what_is_not_needed() -> None:
     assert [p.name for p in planned(wanted=["finetune"]).stages] == ["prepare", "finetune"]
 
 
+def test_stage_with_nothing_to_do_needs_nothing() -> None:
+    first, second, third = chain()
+    made = planned([wish(first), wish(second), wish(replace(third, unneeded=lambda config: "all is there"))])
+    assert (made.stages, made.notes) == ((), ("merge: nothing to do, all is there",))
+
+
 def test_input_given_in_the_settings_needs_no_producer() -> None:
     first, second, third = chain()
     made = planned([wish(first), wish(second, dataset="mine"), wish(third)], files={"mine": "x"})

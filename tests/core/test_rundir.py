@@ -128,7 +128,7 @@ def test_stage_is_done_by_the_manifest_of_its_key(tmp_path: Path) -> None:
 def make_runs(folder: Path, *names: str) -> RunsDir:
     for name in names:
         (folder / name).mkdir(parents=True)
-        write_json(folder / name / "run.json", {"run": name})
+        write_json(folder / name / "run.json", {"run": name, "uid": 1, "keys": {}})
     return RunsDir(folder)
 
 
@@ -153,6 +153,19 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "empty-5").mkdir()
     assert [run.id for run, _ in runs.runs()] == ["pipeline-1"]
     assert runs.next("x").id == "x-6", "an unfinished folder keeps its number"
+
+
+def test_run_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    runs = make_runs(tmp_path, "pipeline-1", "theirs-2", "old-3")
+    (tmp_path / "theirs-2" / "run.json").unlink()
+    (tmp_path / "theirs-2" / "run.json").mkdir()  # as an OSError that root meets too
+    write_json(tmp_path / "old-3" / "run.json", {})
+    (tmp_path / "loop-4").symlink_to("loop-4")
+    (tmp_path / "x-²").mkdir()
+    assert [run.id for run, _ in runs.runs()] == ["pipeline-1"]
+    stage = RunDir(tmp_path / "theirs-2").stage("merge")
+    stage.manifest.mkdir(parents=True)
+    assert not stage.done("k")
 
 
 def test_events_are_lines_with_time_and_phase(tmp_path: Path) -> None:

@@ -7,6 +7,17 @@ from pathlib import Path
 import pytest
 
 from hpc.login import doctor
+from hpc.login.settings import load, locate
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [("hpc.toml", "cannot be written"), ("a:b", "has a colon in its name"), ("caf\udce9", "is no UTF-8 text")],
+)
+def test_run_folder_that_submit_refuses_is_missing(runs: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "hpc.toml").write_text("")
+    found = doctor._runs(load(locate({"HPC_RUNS": runs}, tmp_path), env={}))
+    assert (found.verdict, found.found) == ("missing", f"{tmp_path}/{runs} {said}")
 
 
 @pytest.mark.parametrize(

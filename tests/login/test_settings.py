@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpc.core.errors import UsageError
-from hpc.login import cli, planning
+from hpc.login import cli, doctor, planning
 from hpc.login.settings import Layer, Settings, assignment, environment, load, locate, site_names
 
 Load = Callable[..., Settings]
@@ -92,15 +92,22 @@ def test_runs_may_name_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert locate({}, tmp_path).runs == Path("/scratch/me/runs")
 
 
-def test_runs_must_be_text(tmp_path: Path) -> None:
-    (tmp_path / "hpc.toml").write_text("runs = 3")
-    with pytest.raises(UsageError, match="runs must be a folder's name, not 3"):
+@pytest.mark.parametrize("runs", ["3", r'"a\u0000b"'])
+def test_runs_must_be_text(tmp_path: Path, runs: str) -> None:
+    (tmp_path / "hpc.toml").write_text(f"runs = {runs}")
+    with pytest.raises(UsageError, match="runs must be a folder's name, not "):
         locate({}, tmp_path)
 
 
 def test_file_that_is_no_toml_is_named_with_the_line(tmp_path: Path) -> None:
     (tmp_path / "hpc.toml").write_text("a = 1\nb = = 2\n")
     with pytest.raises(UsageError, match=r"hpc.toml is not valid TOML: .*line 2"):
+        locate({}, tmp_path)
+
+
+def test_file_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hpc.toml").write_bytes(b"runs = 'caf\xe9'\n")
+    with pytest.raises(UsageError, match=r"hpc.toml is not valid TOML: .*utf-8"):
         locate({}, tmp_path)
 
 
@@ -159,6 +166,13 @@ def test_profile_of_the_project_hides_that_of_the_user_and_ours(settings: Load, 
     assert settings(site="slurm", files={"sites/slurm.toml": 'partition = "project"'}).site.partition == "project"
 
 
+def test_what_is_no_file_is_no_profile(settings: Load, tmp_path: Path) -> None:
+    (tmp_path / "project" / "sites" / "mine.toml").mkdir(parents=True)
+    (tmp_path / "project" / "sites" / "gone.toml").symlink_to("nowhere")
+    assert not {"mine", "gone"} & set(site_names(tmp_path / "project"))
+    assert refusal(settings, site="mine").hint.startswith("choose from: ")
+
+
 def test_profiles_of_all_places_can_be_chosen(settings: Load, tmp_path: Path, no_own_profiles: Path) -> None:
     no_own_profiles.mkdir(parents=True)
     (no_own_profiles / "mine.toml").write_text("")
@@ -180,6 +194,25 @@ def test_bare_key_goes_to_the_one_stage_that_has_it(settings: Load) -> None:
 def test_stage_outside_the_pipeline_is_added_where_it_is_asked_for(settings: Load) -> None:
     found = settings('[pipeline]\nstages = ["prepare"]', target="merge")
     assert [w.stage.name for w in found.wishes] == ["prepare", "merge"]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "added", "where"),
+    [
+        ("prepare finetune merge", "fetch", 0),
+        ("finetune merge", "prepare", 0),
+        ("fetch finetune merge", "prepare", 1),
+        ("prepare finetune merge serve", "build", 3),
+        ("prepare finetune evaluate", "merge", 3),
+        ("prepare finetune merge", "evaluate", 3),
+    ],
+)
+def test_stage_that_can_do_alone_is_added_before_what_it_feeds(
+    settings: Load, pipeline: str, added: str, where: int
+) -> None:
+    found = settings("", f"pipeline.stages={','.join(pipeline.split())}", "fetch.datasets=org/data", target=added)
+    order = [w.stage.name for w in found.wishes]
+    assert order == [*pipeline.split()[:where], added, *pipeline.split()[where:]]
 
 
 ENGINES = '[pipeline]\nstages = ["convert", "build"]\n'
@@ -276,6 +309,9 @@ def test_set_without_name_and_value_is_refused(text: str) -> None:
         ("[finetune]\nlora_r = 1.5", "finetune.lora_r = 1.5 does not fit: expected int, got float", "a whole number"),
         ("[finetune]\nlora_r = true", "finetune.lora_r = True does not fit: expected int, got bool", "a whole number"),
         ("[finetune]\nepochs = 'x'", "finetune.epochs = 'x' does not fit: expected float, got str", "a number"),
+        ("[finetune]\nepochs = nan", "finetune.epochs = nan does not fit: expected a finite number", "a number"),
+        ("[finetune]\nepochs = 1e999", "finetune.epochs = inf does not fit: expected a finite number", "a number"),
+        ("[merge]\nweights = [1.0, nan]", "merge.weights = [1.0, nan] does not fit", "each a number"),
         ("[finetune]\noptim = []", "finetune.optim = [] does not fit: expected str, got array", "text"),
         (
             "[finetune]\ngradient_checkpointing = 1",
@@ -321,6 +357,8 @@ def test_set_without_name_and_value_is_refused(text: str) -> None:
         ("[pipeline]\nstages = ['prepair']", "there is no stage 'prepair'", "did you mean 'prepare'?"),
         ("[pipeline]\nstages = ['merge', 'merge']", "pipeline.stages names a stage twice", "once"),
         ("[pipeline]\nstage = ['merge']", "pipeline has no 'stage'", "it has: stages"),
+        ("prepare = 3", "prepare = 3 must be a table", "[prepare]"),
+        ("environments = 'x'", "environments = 'x' must be a table", "[environments]"),
         ("site = 3", "site must be the name of a site profile", 'site = "dgx"'),
         ("site = 'dgxx'", "there is no site profile 'dgxx'", "did you mean 'dgx'?"),
     ],
@@ -354,6 +392,7 @@ def test_wrong_value_names_the_environment(settings: Load) -> None:
         ("scheduler = 'pbs'", "site.scheduler = 'pbs' does not fit", "one of 'local', 'slurm'"),
         ("setup = 'module load x'\nmem = 3", "site.mem = 3 does not fit", "true or false"),
         ("extends = 'nothing'", "there is no site profile 'nothing'", "choose from"),
+        ("extends = 5", "site profile 'mine': extends = 5 is no name", 'extends = "slurm"'),
         ("extends = 'mine'", "in a circle: mine -> mine", "extends"),
         ("partition = = 1", "mine.toml is not valid TOML", ""),
     ],
@@ -389,6 +428,13 @@ def test_account_that_is_a_number_is_text(settings: Load) -> None:
 def test_wrong_resource_names_the_file_though_a_flag_sets_another(settings: Load) -> None:
     error = refusal(settings, "[finetune]\nresources = { mem_gbb = 1 }", "finetune.resources.time_min=5")
     assert "hpc.toml: finetune.resources has no setting 'mem_gbb'" in error.message
+
+
+def test_pipeline_without_a_stage_is_named(settings: Load) -> None:
+    found = settings("[pipeline]\nstages = []")
+    with pytest.raises(UsageError, match="names no stage"):
+        planning._wanted(cli.parser().parse_args(["plan"]), found)
+    assert doctor._settings(found).verdict == "missing"
 
 
 def test_auto_on_the_command_line_is_build_auto() -> None:

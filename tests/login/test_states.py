@@ -16,6 +16,7 @@ from hpc.core.endpoint import Endpoint
 from hpc.core.errors import RuntimeUnavailable
 from hpc.core.rundir import AttemptDir, RunDir, RunsDir, StageDir
 from hpc.login import view
+from hpc.login.cancel import cancel
 from hpc.login.states import ACTIVE, LOST, NOT_SUBMITTED, REASONS, UNKNOWN, Scheduler, StageState, states
 from hpc.node.enter import process_start
 
@@ -122,6 +123,11 @@ def test_submission_that_was_killed_after_sbatch_is_found_by_its_comment(world: 
     assert (world.one().state, world.one().job_id) == ("RUNNING", "99")
 
 
+def test_job_file_that_is_not_whole_is_none(world: World) -> None:
+    rundir.write_json(world.job(world.run()).job, {"status": "submitted", "scheduler": "slurm", "job_id": "7"})
+    assert (world.one().state, world.one().attempt) == (NOT_SUBMITTED, 0)
+
+
 # ---- live jobs
 
 
@@ -184,6 +190,11 @@ def test_outcome_of_the_node_is_the_end(world: World) -> None:
     assert "sacct" not in world.asked, "the files tell it all"
 
 
+def test_outcome_without_times_has_no_duration(world: World) -> None:
+    rundir.write_json(world.job(world.run()).attempt(1).outcome, {"state": "FAILED"})
+    assert (world.one().state, world.one().elapsed_s) == ("FAILED", None)
+
+
 def test_completed_needs_its_manifest(world: World) -> None:
     folder = world.job(world.run())
     ended(folder.attempt(1), "COMPLETED", exit_code=0)
@@ -219,7 +230,6 @@ ENDS = [
     ("NODE_FAIL", "its node failed", True),
     ("PREEMPTED", "a job of higher priority took its place", True),
     ("OUT_OF_MEMORY", "it needed more host memory than was asked for", False),
-    ("COMPLETED", "it ended without writing its outcome", False),
     ("CANCELLED", "cancelled before it began: by hand, or because its input failed", False),
     ("BOOT_FAIL", "", False),
 ]
@@ -234,6 +244,18 @@ def test_end_without_an_outcome_is_slurms(world: World, source: str, state: str,
     else:
         world.accounts(f"{state} by 1002" if state == "CANCELLED" else state)
     assert (world.one().state, world.one().reason, world.one().resumable) == (state, reason, resumable)
+
+
+@pytest.mark.parametrize("source", ["squeue", "sacct"])
+def test_completed_without_an_outcome_is_a_result_only_with_its_manifest(world: World, source: str) -> None:
+    folder = world.job(world.run())
+    (world.shows if source == "squeue" else world.accounts)("COMPLETED")
+    found = world.one()
+    assert (found.state, found.reason, found.hint) == (
+        "FAILED", "it ended without writing its outcome", "submit again",
+    )  # fmt: skip
+    rundir.write_json(folder.manifest, {"key": "key-first"})
+    assert (world.one().state, world.one().reason) == ("COMPLETED", "")
 
 
 def test_job_that_was_cancelled_after_it_began_says_no_more_than_that(world: World) -> None:
@@ -357,10 +379,9 @@ def test_local_stage_that_waits_for_its_input_is_pending(world: World) -> None:
 def test_local_stage_at_work_is_running(world: World) -> None:
     attempt = local(world).attempt(1)
     attempt.launch.write_text("{}")
-    rundir.append_event(attempt.events, "starting", host="laptop")
     rundir.append_event(attempt.events, "running", done=1, total=2)
     found = world.one()
-    assert (found.state, found.node, found.done) == ("RUNNING", "laptop", 1)
+    assert (found.state, found.node, found.done) == ("RUNNING", os.uname().nodename, 1)
     assert found.elapsed_s is not None
 
 
@@ -383,6 +404,39 @@ def test_local_stage_whose_process_is_gone_is_lost(world: World) -> None:
 def test_local_stage_that_was_killed_by_hpc_cancel_is_cancelled(world: World) -> None:
     rundir.write_json(local(world, start="gone").attempt(1).stop, {})
     assert world.one().state == "CANCELLED"
+
+
+def of_another_machine(world: World, silent_s: float = 0) -> StageDir:
+    """A stage that runs on login2, where its last sign of life is so old."""
+    folder = local(world, start="of login2", host="login2", heartbeat_s=30)
+    attempt = folder.attempt(1)
+    attempt.launch.write_text("{}")
+    attempt.heartbeat.touch()
+    for path in (attempt.process, attempt.heartbeat):
+        os.utime(path, (time.time() - silent_s,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(0, "RUNNING"), (140, "RUNNING"), (160, LOST)])
+def test_local_stage_of_another_machine_lives_as_long_as_its_heart_beats(
+    world: World, silent_s: float, state: str
+) -> None:
+    of_another_machine(world, silent_s)
+    assert (world.one().state, world.one().node) == (state, "login2")
+    assert world.one().reason == ("no sign of life from login2" if state == LOST else "")
+
+
+def test_local_stage_of_another_machine_ends_as_its_outcome_says(world: World) -> None:
+    ended(of_another_machine(world).attempt(1), "TIMEOUT")
+    assert world.one().state == "TIMEOUT"
+
+
+def test_local_stage_of_another_machine_is_not_cancelled_from_here(world: World) -> None:
+    attempt = of_another_machine(world).attempt(1)
+    with pytest.raises(RuntimeUnavailable, match="pipeline-1/first runs on login2") as caught:
+        cancel(RunDir(world.runs.path / "pipeline-1"), world.all())
+    assert caught.value.hint == "ssh login2, then hpc cancel pipeline-1/first"
+    assert not attempt.stop.exists()
 
 
 def test_local_stage_never_asks_slurm(world: World) -> None:

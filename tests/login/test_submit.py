@@ -16,8 +16,9 @@ from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageErro
 from hpc.core.plan import Plan, plan
 from hpc.core.rundir import RunDir
 from hpc.core.site import Site
-from hpc.login import batch, slurm, snapshot
+from hpc.login import batch, planning, slurm, snapshot
 from hpc.login.place import Placed
+from hpc.login.planning import Work
 from hpc.login.settings import Project, Settings
 from hpc.login.states import Scheduler, states
 from hpc.login.submit import Submission, prepare, submit
@@ -194,6 +195,7 @@ def test_second_submit_finds_nothing_to_do(cluster: Cluster) -> None:
 def test_second_submit_of_a_finished_run_finds_nothing_to_do(cluster: Cluster) -> None:
     cluster.finish(cluster.submit().run, *NAMES)
     assert cluster.prepare().todo == ()
+    assert cluster.prepare().saved() == (0, 0), "these manifests have no times"
 
 
 def test_part_of_a_run_that_is_there_is_no_new_run(cluster: Cluster) -> None:
@@ -384,6 +386,21 @@ def test_no_space_for_the_snapshot_leaves_no_half_run(cluster: Cluster, monkeypa
     assert cluster.runs == []
 
 
+def test_name_that_is_not_utf_8_leaves_no_half_run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = replace(cluster.settings().project, runs=cluster.folder / "caf\udce9")
+    with pytest.raises(UnicodeEncodeError):
+        prepare(cluster.plan(), replace(cluster.settings(), project=project), "pipeline", cluster.scheduler())
+    with monkeypatch.context() as argv:
+        argv.setattr("sys.argv", ["hpc", "caf\udce9"])
+        with pytest.raises(UnicodeEncodeError):
+            cluster.submit()
+    assert cluster.runs == []
+    cluster.before["prepare"] = UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed")
+    with pytest.raises(UnicodeEncodeError):
+        cluster.submit()
+    assert cluster.runs == []
+
+
 # ---- two at once
 
 
@@ -409,6 +426,17 @@ def test_two_that_start_the_same_run_make_one(cluster: Cluster) -> None:
     assert [n for n, _ in cluster.submitted] == NAMES
     assert cluster.runs == ["pipeline-1"]
     assert cluster.prepare().todo == ()
+
+
+def test_two_that_start_different_runs_get_one_each(cluster: Cluster) -> None:
+    one, two = cluster.prepare(rank=1), cluster.prepare(rank=2)
+    made = [
+        planning.submit(Work(settings=cluster.settings(), submission=work), cluster.scheduler(), lambda text: None)
+        for work in (one, two)
+    ]
+    assert [work.submission.run.id for work in made] == cluster.runs == ["pipeline-1", "pipeline-2"]
+    assert [n for n, _ in cluster.submitted] == [*NAMES, *NAMES]
+    assert made[1].submission.placed[0].stage_dir.path.parent.name == "pipeline-2"
 
 
 # ---- dry run

@@ -386,6 +386,18 @@ def test_input_whose_process_is_gone_cancels(node: Node, first: StageDir) -> Non
     assert node.outcome["cause"] == "its input stage first did not complete (LOST)"
 
 
+def test_input_of_another_machine_is_waited_for_while_its_heart_beats(node: Node, first: StageDir) -> None:
+    elsewhere = {"pid": os.getpid(), "start": "another", "host": "login2", "heartbeat_s": 30}
+    rundir.write_json(first.attempt(1).process, elsewhere)
+    process = node.start(waits(node, first))
+    until(node.attempt.heartbeat.exists, "a beat of the one that waits")
+    time.sleep(0.5)  # two looks of the entry
+    assert process.poll() is None
+    os.utime(first.attempt(1).process, (time.time() - 200,) * 2)
+    assert process.wait(15) == 1
+    assert node.outcome["cause"] == "its input stage first did not complete (LOST)"
+
+
 def test_input_that_was_never_submitted_cancels(node: Node, first: StageDir) -> None:
     first.job.unlink()
     node.run(waits(node, first))
