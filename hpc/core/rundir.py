@@ -103,7 +103,7 @@ class AttemptDir:
 
     @property
     def scheduler(self) -> Path:
-        """submitit's own folder: the batch script, its pickle and its logs."""
+        """submitit's own folder, for its owner alone: the batch script, its pickle and its logs."""
         return self.path / "scheduler"
 
 

@@ -37,7 +37,7 @@ def submit_slurm(placed: Placed, dependency: str | None, user: str) -> str:
     from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
     executor = _slurm_executor(placed, dependency)
-    placed.scheduler_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(placed)
     DelayedSubmission(enter, placed.job).dump(placed.scheduler_dir / PICKLE)
     try:
         with _environment(slurm.program_env(os.environ)), contextlib.redirect_stderr(io.StringIO()):
@@ -58,6 +58,8 @@ def submit_local(placed: Placed) -> int:
     Who it is, is written down by the starting process itself: it goes on where `hpc` is killed in between.
     """
     from submitit.local.local import LocalExecutor
+
+    _make_folder(placed)
 
     def start() -> int:
         os.environ["PYTHONPATH"] = str(placed.code)
@@ -80,6 +82,11 @@ def stop_local(process: Mapping[str, Any], number: int = signal.SIGTERM) -> None
             os.killpg(process["group"], signal.SIGKILL)
         elif process_start(process["pid"]) == process["start"]:
             os.kill(process["pid"], number)
+
+
+def _make_folder(placed: Placed) -> None:
+    """Open to its owner alone: what is pickled holds the site's `env`, secrets and all."""
+    placed.scheduler_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _slurm_executor(placed: Placed, dependency: str | None) -> Any:

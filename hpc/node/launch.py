@@ -22,7 +22,7 @@ FOR_CONTAINER = "APPTAINERENV_"
 """Before the name of a variable that the container program sets inside."""
 NOT_SHOWN = "(not shown)"
 """Stands for a secret where an environment is written down."""
-_SECRETS = ("*TOKEN*", "*SECRET*", "*PASSWORD*", "*_KEY")
+_SECRETS = ("*TOKEN*", "*SECRET*", "*PASS*", "*CREDENTIAL*", "*APIKEY*", "*_KEY", "*_PAT")
 _LOGIN = re.compile(r"//[^/@\s]+@")
 """user:password in a URL, as in HTTPS_PROXY."""
 
@@ -162,6 +162,6 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
     {'HF_TOKEN': '(not shown)', 'TZ': 'UTC'}
     """
     return {
-        k: NOT_SHOWN if any(fnmatch.fnmatchcase(k, s) for s in _SECRETS) else _LOGIN.sub(f"//{NOT_SHOWN}@", v)
+        k: NOT_SHOWN if any(fnmatch.fnmatchcase(k.upper(), s) for s in _SECRETS) else _LOGIN.sub(f"//{NOT_SHOWN}@", v)
         for k, v in env.items()
     }

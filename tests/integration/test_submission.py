@@ -29,6 +29,7 @@ def test_dry_run_shows_byte_for_byte_what_submit_uses(project: Project) -> None:
         for other, job_id in ids.items():
             expected = expected.replace(f"@{other}", job_id)
         assert script.read_text() == expected
+        assert script.parent.stat().st_mode & 0o077 == 0, "what is pickled may hold secrets of the site's env"
         used = json.loads((folder / "attempt-1" / "launch.json").read_text())
         assert used["argv"] == stage["argv"]
         assert json.loads((folder / "config.json").read_text()) == stage["config"]

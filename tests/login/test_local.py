@@ -448,6 +448,16 @@ def test_plan_shows_no_secret_of_the_site(local: Local) -> None:
     assert "s3cret" not in local.hpc("plan", "--site", "s", "--json").stdout
 
 
+def test_secret_of_the_site_is_for_its_owner_alone(local: Local) -> None:
+    (local.folder / "sites").mkdir()
+    (local.folder / "sites" / "s.toml").write_text('extends = "local"\nenv = { NGC_API_KEY = "s3cret" }\n')
+    local.hpc("submit", "first", "--site", "s", "--wait")
+    holding = [f for f in local.folder.glob("runs/**/*") if f.is_file() and b"s3cret" in f.read_bytes()]
+    assert {f.parent.name for f in holding} == {"scheduler"}
+    assert [f.parent.stat().st_mode & 0o077 for f in holding] == [0] * len(holding)
+    assert local.hpc("logs", "first-1").stdout
+
+
 def test_shell_runs_beside_the_stage_in_its_venv(local: Local) -> None:
     local.hpc("submit", "first", "--set", "first.seconds=30")
     local.running("first-1/first")

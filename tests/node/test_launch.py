@@ -158,8 +158,10 @@ def test_site_may_pass_further_variables_by_pattern() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "APPTAINERENV_HF_TOKEN", "NGC_API_KEY", "DB_PASSWORD", "MY_SECRET", "AWS_SECRET_ACCESS_KEY"]
-)
+    "name",
+    ["HF_TOKEN", "APPTAINERENV_HF_TOKEN", "NGC_API_KEY", "DB_PASSWORD", "MY_SECRET", "AWS_SECRET_ACCESS_KEY",
+     "GITHUB_PAT", "APIKEY", "MY_CREDENTIALS", "DB_PASS", "wandb_api_key"],
+)  # fmt: skip
 def test_secret_is_not_written_down(name: str) -> None:
     assert without_secrets({name: "x", "TZ": "UTC"}) == {name: "(not shown)", "TZ": "UTC"}
 
