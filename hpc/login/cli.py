@@ -176,7 +176,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("logs", "cancel"):
         made[name].add_argument("target", nargs="?", metavar="RUN[/STAGE]", help="default: the latest run")
     made["logs"].add_argument("-f", "--follow", action="store_true", help="go on until the stage ends")
-    made["logs"].add_argument("-n", "--lines", type=int, metavar="N", help="only the last N lines")
+    made["logs"].add_argument(
+        "-n", "--lines", type=int, metavar="N", help="only the last N lines of stdout and of stderr"
+    )
     _tunnel(made["tunnel"])
     talk.add_query(made["query"])
     talk.add_chat(made["chat"])

@@ -160,6 +160,8 @@ def _watch(options: argparse.Namespace) -> int:
 def logs(options: argparse.Namespace) -> int:
     from hpc.login import follow
 
+    if options.lines is not None and options.lines < 0:
+        raise UsageError(f"-n {options.lines}: too small", hint="0 or more")
     run, stage = _target(options.target)
     rows = states([(run, _asked(run))], Scheduler())
     submitted = [s for s in rows if s.attempt and (stage is None or s.stage == stage)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +22,8 @@ _ASK_S = 10.0
 """Between two questions to Slurm."""
 _LINE_S = 15.0
 """Between two progress lines where there is no terminal."""
+_PIECE = 1 << 16
+"""Bytes of a log that are read at once."""
 
 Show = Callable[[Sequence[StageState]], None]
 
@@ -128,18 +131,22 @@ def _lines(out: IO[str]) -> Show:
 def logs(
     attempt: AttemptDir, out: IO[str], *, lines: int | None, follow: bool, active: Callable[[], bool] = lambda: True
 ) -> None:
-    """The stage's stdout and stderr; with `follow` until it has ended: its outcome is there, or `active` says no."""
+    """The stage's stdout and stderr, or the last lines of each.
+
+    With `follow` until it has ended: its outcome is there, or `active` says no.
+    """
     files = [_Growing(attempt.stdout), _Growing(attempt.stderr)]
     for file in files:
-        text = file.more()
-        out.write(text if lines is None else "".join(text.splitlines(keepends=True)[-lines:] if lines > 0 else []))
+        if lines is not None:
+            file.skip_to_last(lines)
+        out.writelines(file.more())
     asked_at = time.monotonic()
     while follow:
         ended = attempt.outcome.exists()
         if not ended and time.monotonic() - asked_at > _ASK_S:
             ended, asked_at = not active(), time.monotonic()
         for file in files:
-            out.write(file.more())
+            out.writelines(file.more())
         out.flush()
         if ended:
             return
@@ -154,12 +161,23 @@ class _Growing:
         self._place = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def more(self) -> str:
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._place)
-                new = file.read()
-        except FileNotFoundError:
-            return ""
-        self._place += len(new)
-        return self._decoder.decode(new)
+    def skip_to_last(self, lines: int) -> None:
+        """What comes next are its last lines, and what is written after them."""
+        size = _PIECE
+        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+            while True:
+                end = file.seek(0, os.SEEK_END)
+                start = file.seek(max(0, end - size))
+                last = file.read(end - start).splitlines(keepends=True)
+                if start == 0 or len(last) > lines:  # the first of them may be half a line
+                    break
+                size *= 2
+            self._place = end - sum(map(len, last[-lines:] if lines else []))
+
+    def more(self) -> Iterator[str]:
+        """What is there now, a piece at a time."""
+        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+            file.seek(self._place)
+            while new := file.read(_PIECE):
+                self._place += len(new)
+                yield self._decoder.decode(new)

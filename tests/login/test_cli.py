@@ -107,6 +107,7 @@ def test_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         (["submit"], "error: the following arguments are required: STAGE|pipeline\n  try: `hpc submit --help`"),
         (["plan", "--bogus"], "unrecognized arguments: --bogus"),
         (["logs", "-n", "x"], "argument -n/--lines: invalid int value: 'x'"),
+        (["logs", "-n", "-3"], "error: -n -3: too small"),
         (["plan", "tune"], "error: there is no stage 'tune'"),
         (["plan", "--set", "x"], "error: --set x: not NAME=VALUE"),
         (["plan", "--site", "locla"], "error: there is no site profile 'locla'\n  try: did you mean 'local'?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_last_lines(tmp_path: Path, lines: int | None, text: str) -> None:
     attempt.stdout.write_text("a\nb\nc\n")
     follow.logs(attempt, out, lines=lines, follow=False)
     assert out.getvalue() == text
+
+
+@pytest.mark.parametrize("lines", [None, 1, 3, 40_000])
+def test_long_log_is_never_held_whole(tmp_path: Path, lines: int | None) -> None:
+    attempt = AttemptDir(tmp_path)
+    text = "".join(f"{n}: {'한' * 100}\n" for n in range(50_000))
+    attempt.stdout.write_text(text)
+    wanted = text if lines is None else "".join(text.splitlines(keepends=True)[-lines:])
+    with open(tmp_path / "shown", "w") as out:
+        tracemalloc.start()
+        follow.logs(attempt, out, lines=lines, follow=False)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (tmp_path / "shown").read_text() == wanted
+    assert lines == 40_000 or peak < 1 << 20
 
 
 def test_following_ends_with_a_job_that_left_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
