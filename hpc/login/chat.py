@@ -15,7 +15,7 @@ from hpc.login import answers, typing_in
 from hpc.login.conversation import Conversation, Turn
 from hpc.login.doorway import Doorway
 from hpc.login.printing import Answer, Screen
-from hpc.login.question import Question, Sampling, TooLong
+from hpc.login.question import Question, Sampling, TooLong, plain
 
 _COMMANDS = {
     "/reset": "forget all that was said",
@@ -100,7 +100,7 @@ class Chat:
             _note("(from now on)" if rest else "(no system message from now on)")
         elif word == "/think":
             thought = self._talk.turns[-1].thought if self._talk.turns else ""
-            _note(thought or "(nothing)")
+            _note(plain(thought) or "(nothing)")
         elif word == "/save":
             self._save(rest)
         elif word == "/help":

@@ -83,7 +83,7 @@ def _event(result: Any, decoder: Any) -> dict[str, Any]:
 
 
 def _failure(door: Doorway, error: Any) -> HpcError:
-    status, message = str(error.status() or ""), str(error.message() or error)
+    status, message = str(error.status() or ""), words.plain(str(error.message() or error))
     if "UNAVAILABLE" in status:
         said = json.dumps(message[:200], ensure_ascii=False)
         return NotReady(f"{door.what} does not answer gRPC: {said}", hint="is the tunnel open, and the service ready?")

@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO
 
-from hpc.login.question import Piece
+from hpc.login.question import Piece, plain
 from hpc.login.thoughts import Part, Thoughts, split
-
-_CONTROL = dict.fromkeys((*(n for n in range(32) if chr(n) not in "\n\t"), 127, *range(128, 160)))
 
 
 @dataclass
@@ -89,5 +87,5 @@ class Screen:
         if self._out is None or not text:
             return
         self._said = text
-        self._out.write(text.translate(_CONTROL) if self._terminal else text)
+        self._out.write(plain(text) if self._terminal else text)
         self._out.flush()

@@ -16,6 +16,8 @@ _LIMIT = re.compile(
     r"|input length.*exceed|maximum (context|sequence) length"
 )
 
+_CONTROL = dict.fromkeys((*(n for n in range(32) if chr(n) not in "\n\t"), 127, *range(128, 160)))
+
 
 class TooLong(UsageError):
     """The prompt has more tokens than the engine takes."""
@@ -141,7 +143,16 @@ def error_in(event: Any) -> str | None:
     error = event.get("error") if isinstance(event, Mapping) else None
     if error is None:
         return None
-    return str(error.get("message") or error) if isinstance(error, Mapping) else str(error)
+    return plain(str(error.get("message") or error) if isinstance(error, Mapping) else str(error))
+
+
+def plain(text: str) -> str:
+    """What a model or a server says, without the control codes that would steer a terminal.
+
+    >>> plain("\\x1b]0;title\\x07a\\tb\\n")
+    ']0;titlea\\tb\\n'
+    """
+    return text.translate(_CONTROL)
 
 
 def failure(what: str, status: int, message: str) -> HpcError:

@@ -122,6 +122,7 @@ LIMIT = "in ensemble 'ensemble', the prompt has 2500 tokens; this engine takes 2
         (Reply(status=503, body={"error": {"message": "this service is ending"}}), 5, "this service is ending"),
         (Reply(status=503, body={"error": {"message": "the model has failed: x"}}), 1, "the model has failed"),
         (Reply(status=502, body={"error": "upstream"}), 1, "upstream"),
+        (Reply(status=502, body={"error": "up\x1b[2J\x9bstream"}), 1, "up[2Jstream"),
         (Reply(body={"error": "generate expects model to produce exactly 1 response"}), 1, "exactly 1 response"),
         (Reply([chunk("a"), '{"error": {"message": "the model broke"}}']), 1, "the model broke"),
         (Reply([chunk("a"), '{"error": "as a text"}', "[DONE]"]), 1, "as a text"),
@@ -292,6 +293,8 @@ def reply_of(room: int) -> Callable[[str, dict[str, Any]], Reply]:
         if length > room:
             said = f"the prompt has {length} tokens; this engine takes {room} at most"
             return Reply(status=400, body={"error": {"message": said}})
+        if messages[-1]["content"] == "title":
+            return Reply(stream(["<think>a\x1b]0;title\x07b</think>", "\x1b[2Jc"]))
         if messages[-1]["content"] == "slowly":
             return Reply(stream(["go "] * 1000), delay=0.01)
         return Reply(stream(["<think>hm</think>", f"{len(messages)}:", messages[-1]["content"]]))
@@ -368,6 +371,12 @@ def test_on_a_terminal(terminal: tuple[Terminal, Stub]) -> None:
     shown.type("two\n")
     shown.until("7:one ")
     assert one.asked[-1][1]["messages"][-1]["content"] == "one \ntwo"
+    shown.until("> ")
+    shown.type("title\n")
+    shown.until("[2Jc")
+    shown.until("> ")
+    shown.type("/think\n")
+    shown.until("a]0;titleb")
     shown.until("> ")
     shown.type("/system\n")
     shown.until("no system message")
