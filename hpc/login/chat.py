@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -112,7 +113,7 @@ class Chat:
     def _save(self, name: str) -> None:
         if not name:
             raise UsageError("/save needs a file's name", hint="e.g. /save talk.txt, or talk.json for programs")
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         document = {"schema": "hpc.chat/1", **self.document()}
         as_json = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
         try:

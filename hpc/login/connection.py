@@ -11,7 +11,7 @@ class Connection(http.client.HTTPConnection):
     """One connection; `host` is only told to the server."""
 
     def __init__(self, open_: Callable[[], socket.socket], host: str = "localhost") -> None:
-        super().__init__(host)
+        super().__init__(f"[{host}]" if ":" in host else host)  # else what follows IPv6's last colon is a port to it
         self._open = open_
 
     def connect(self) -> None:

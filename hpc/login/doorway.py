@@ -93,21 +93,28 @@ def of_service(way: Way, *, wait: bool) -> Doorway:
 
 def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
     """The door behind an address, e.g. of an open tunnel; `hpc tunnel --via` on this machine has noted its token."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
+    wrong = UsageError(f"--url {url!r} is no address", hint="write e.g. --url http://localhost:9999")
     try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port or {"https": 443}.get(parts.scheme, 80)
-    except ValueError:
-        port = 0
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port:
-        raise UsageError(f"--url {url!r} is no address", hint="write e.g. --url http://localhost:9999")
+        name = (parts.hostname or "").encode("idna").decode()
+    except ValueError:  # half a bracket, a port that is none, a label that is empty or too long
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not name or " " in name or not name.isprintable():
+        raise wrong
     if parts.query or parts.username:
         raise UsageError(
             "--url holds a token, which others may see in the list of processes", hint="leave it out: --token-file FILE"
         )
     # by number: a tunnel listens there, and on a machine with other users ::1 may be one of theirs
-    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    host = "127.0.0.1" if name == "localhost" else name
     noted = opened.known(port) if host in _HERE else {}
-    token = _token(token_file) if token_file else env.get("HPC_TOKEN") or str(noted.get("token", ""))
+    if token_file is not None:
+        token = _token(token_file)
+    elif env.get("HPC_TOKEN"):
+        token = _word(env["HPC_TOKEN"], "HPC_TOKEN")
+    else:
+        token = str(noted.get("token", ""))
     if not token:
         raise UsageError(
             f"there is no token for {url}", hint="--token-file FILE, or HPC_TOKEN: `hpc tunnel` shows it in its address"
@@ -122,12 +129,19 @@ def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
 def _token(name: str) -> str:
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"there is no token file {name}", hint="it holds the token and nothing else, with mode 0600")
+        raise UsageError(f"there is no token file '{name}'", hint="it holds the token and nothing else, with mode 0600")
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UsageError(f"others may read {name}", hint=f"chmod 600 {name}")
-    token = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not token or not token.isascii() or len(token.split()) != 1:
-        raise UsageError(f"{name} holds no token", hint="the text after token= in the address that `hpc tunnel` shows")
+    return _word(path.read_text(encoding="utf-8", errors="replace"), name)
+
+
+def _word(text: str, origin: str) -> str:
+    """The token that a text is. Never told: what is wrong with it may be one letter."""
+    token = text.strip()
+    if not token.isascii() or len(token.split()) != 1:
+        raise UsageError(
+            f"{origin} holds no token", hint="the text after token= in the address that `hpc tunnel` shows"
+        )
     return token
 
 
@@ -139,6 +153,6 @@ def of_options(run: str | None, url: str | None, token_file: str | None, *, wait
         if run:
             raise UsageError("--url and a run are two doors", hint="name one of them")
         return of_url(url, token_file, os.environ)
-    if token_file:
+    if token_file is not None:
         raise UsageError("--token-file goes with --url", hint="a run's token is found by itself")
     return of_service(targets.way(run, models=True), wait=wait)

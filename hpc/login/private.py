@@ -10,8 +10,10 @@ from hpc.core.errors import UsageError
 
 
 def folder() -> Path:
-    """${XDG_STATE_HOME:-~/.local/state}/hpc, open to its owner alone. UsageError where it belongs to somebody else."""
-    path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "hpc"
+    """${XDG_STATE_HOME:-~/.local/state}/hpc, open to its owner alone. UsageError where there is none."""
+    path = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state")) / "hpc"
+    if str(path).startswith("~"):
+        raise UsageError("you have no home folder here", hint="let XDG_STATE_HOME name a folder of your own")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.stat().st_uid != os.getuid():
         raise UsageError(f"{path} belongs to somebody else", hint="let XDG_STATE_HOME name a folder of your own")

@@ -103,22 +103,38 @@ def triton(question: Question) -> dict[str, Any]:
 
 def target(ensemble: Mapping[str, Any]) -> Target:
     """Which model streams whole characters, by the ensemble's configuration."""
-    steps = [step.get("model_name") for step in ensemble.get("ensemble_scheduling", {}).get("step", [])]
-    outputs = {output.get("name") for output in ensemble.get("output", [])}
+    steps = [_table(step).get("model_name") for step in _list(_table(ensemble.get("ensemble_scheduling")).get("step"))]
+    outputs = [_table(output).get("name") for output in _list(ensemble.get("output"))]
     if steps[:1] == ["tensorrt_llm"]:
         return Target("ensemble", cumulative=True)
     return Target("ensemble" if "finish_reason" in outputs else "tensorrt_llm_bls")
 
 
-def openai_piece(event: Mapping[str, Any]) -> Piece:
-    """A piece out of a chunk of a stream, or out of a whole answer."""
-    usage = event.get("usage") or {}
-    choice: Mapping[str, Any] = next(iter(event.get("choices") or []), {})
-    said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+def openai_piece(event: Any) -> Piece:
+    """A piece out of a chunk of a stream, or out of a whole answer; an empty one of what is neither."""
+    event = _table(event)
+    usage, choice = _table(event.get("usage")), _table(next(iter(_list(event.get("choices"))), None))
+    said = _table(choice.get("delta")) or _table(choice.get("message")) or {"content": choice.get("text")}
     return Piece(
-        said.get("content") or "", choice.get("finish_reason") or "", usage.get("completion_tokens"),
-        usage.get("prompt_tokens"),
+        _text(said.get("content")), _text(choice.get("finish_reason")), _count(usage.get("completion_tokens")),
+        _count(usage.get("prompt_tokens")),
     )  # fmt: skip
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 class TritonPieces:
@@ -130,12 +146,12 @@ class TritonPieces:
         self._tokens: int | None = None
 
     def piece(self, event: Mapping[str, Any]) -> Piece:
-        text = str(event.get("text_output") or "")
+        text = _text(event.get("text_output"))
         if self._cumulative:
             text, self._before = text[len(self._before) :], text
-        if "sequence_length" in event:
-            self._tokens = (self._tokens or 0) + int(event["sequence_length"])
-        return Piece(text, str(event.get("finish_reason") or ""), self._tokens, event.get("prompt_length"))
+        if (tokens := _count(event.get("sequence_length"))) is not None:
+            self._tokens = (self._tokens or 0) + tokens
+        return Piece(text, _text(event.get("finish_reason")), self._tokens, _count(event.get("prompt_length")))
 
 
 def error_in(event: Any) -> str | None:
@@ -147,11 +163,7 @@ def error_in(event: Any) -> str | None:
 
 
 def plain(text: str) -> str:
-    """What a model or a server says, without the control codes that would steer a terminal.
-
-    >>> plain("\\x1b]0;title\\x07a\\tb\\n")
-    ']0;titlea\\tb\\n'
-    """
+    """What a model or a server says, without the control codes that would steer a terminal."""
     return text.translate(_CONTROL)
 
 

@@ -65,7 +65,7 @@ def locate(env: Mapping[str, str] = os.environ, cwd: Path | None = None) -> Proj
     """The project: HPC_CONFIG, else the hpc.toml here or above, else this folder with the defaults."""
     cwd = cwd or Path.cwd()
     named = env.get("HPC_CONFIG")
-    file = Path(named).expanduser().absolute() if named else _search(cwd)
+    file = Path(os.path.expanduser(named)).absolute() if named else _search(cwd)
     tables = read_toml(file) if file else {}
     root = file.parent if file else cwd
     runs = env.get("HPC_RUNS") or tables.get("runs", "runs")
@@ -243,7 +243,7 @@ def _site(name: str, root: Path, layers: Sequence[Layer], origins: dict[str, str
 
 
 def _site_folders(root: Path) -> tuple[Path, ...]:
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    config = Path(os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config"))
     return root / "sites", config / "hpc" / "sites", TEMPLATES / "sites"
 
 

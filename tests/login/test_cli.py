@@ -14,7 +14,7 @@ import pytest
 from hpc import __version__
 from hpc.core import errors
 from hpc.core.errors import HpcError
-from hpc.login import cli, commands
+from hpc.login import cli, commands, tunnel
 from hpc.login.states import Scheduler
 from tests.login.test_states import World
 
@@ -56,6 +56,20 @@ def test_every_verb_has_a_function_and_stands_in_the_help(verb: str, capsys: pyt
     assert callable(getattr(commands, verb))
     assert cli.main([]) == 0
     assert any(line.split()[:1] == [verb] for line in capsys.readouterr().out.splitlines())
+
+
+def test_user_without_a_name_and_a_home_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert tunnel.me() == "54321"
+    assert cli.main(["plan", "prepare"]) == 3
+    assert "the environment 'train' is not there" in capsys.readouterr().err
+    assert cli.main(["doctor"]) in (0, 1)
+    assert cli.main(["query", "x", "--url", "localhost:1"]) == 2
+    assert "you have no home folder here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [HpcError, *HpcError.__subclasses__()])

@@ -130,6 +130,7 @@ LIMIT = "in ensemble 'ensemble', the prompt has 2500 tokens; this engine takes 2
         (Reply([chunk("a")]), 1, "broke off in the middle"),
         (Reply([chunk("a"), "[DONE]"]), 1, "broke off in the middle"),
         (Reply(["no json"]), 1, "something else than JSON"),
+        (Reply(['{"choices": [{"delta": "x"}], "usage": 5}', '{"choices": 1}']), 1, "broke off in the middle"),
         (Reply(stream([], reason="length")), 1, "without a word"),
     ],
 )  # fmt: skip
@@ -163,6 +164,13 @@ def test_who_has_no_token_or_a_wrong_one(
     assert query(one, "x", "--token-file", str(tmp_path / "none")) == 2
     file.write_text("two words")
     assert query(one, "x", "--token-file", str(file)) == 2
+    capsys.readouterr()
+    for wrong in ("sek\nret", "한"):
+        monkeypatch.setenv("HPC_TOKEN", wrong)
+        assert query(one, "x") == 2
+        assert capsys.readouterr().err.startswith("error: HPC_TOKEN holds no token\n")
+    monkeypatch.setenv("HPC_TOKEN", TOKEN)
+    assert query(one, "x", "--token-file", "") == 2, "a variable that is not set, in a script"
     assert cli.main(["query", "x", "--url", f"{one.url}/?token={TOKEN}"]) == 2
     assert "list of processes" in capsys.readouterr().err
 
@@ -190,8 +198,10 @@ def test_an_address_is_one_of_this_machine_also_where_a_login_node_is_set(
 def test_nothing_listens_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["query", "x", "--url", "http://127.0.0.1:1"]) == 5
     assert "connection refused" in capsys.readouterr().err
-    for url in ("ftp://x", "http://", "http://x:99999"):
+    for url in ("ftp://x", "http://", "http://x:99999", "http://[", "http://[x]", "a..b", "a" * 64, "a b", "é.."):
         assert cli.main(["query", "x", "--url", url]) == 2
+        assert "is no address" in capsys.readouterr().err
+    assert cli.main(["query", "x", "--url", "http://[::ffff:7f00:a]:1"]) == 5
 
 
 def test_what_cannot_be_asked_is_refused(stub: Any, capsys: pytest.CaptureFixture[str]) -> None:
