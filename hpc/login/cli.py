@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from hpc import __version__
 from hpc.core.errors import HpcError, UsageError, did_you_mean
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = argparse.Namespace(json="--json" in arguments)  # until they are read
+    _open_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a bar or a name that the locale can't write is no reason to fail
             stream.reconfigure(errors="replace")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", "jobs that were submitted go on", 130, options)
     except BrokenPipeError:  # `hpc logs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout)
         return 0
     except UnicodeEncodeError:
         return _say("a name or a setting is not UTF-8 text", "check the arguments and the file names", 2, options)
@@ -96,11 +97,28 @@ def _own(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _say(message: str, hint: str, code: int, options: argparse.Namespace) -> int:
     if options.json:
         document = {"schema": "hpc.error/1", "error": message, "hint": hint, "exit_code": code}
-        print(json.dumps(document, ensure_ascii=False))
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"  try: {hint}", file=sys.stderr)
+        _print(json.dumps(document, ensure_ascii=False), sys.stdout)
+    _print(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), sys.stderr)
     return code
+
+
+def _print(text: str, stream: IO[str]) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:  # a full disk, a reader that has left: the exit code still tells
+        _to_nowhere(stream)
+
+
+def _to_nowhere(stream: IO[str]) -> None:
+    """What is still to be written to it is lost, and no error at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_closed() -> None:
+    """A stream that was closed (`2>&-`) leads nowhere; else the next file that is opened would take its number."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8", closefd=False))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -341,7 +341,7 @@ def _rows(rows: Sequence[StageState]) -> dict[str, Any]:
 
 
 def _chatter(text: str) -> None:
-    with suppress(BrokenPipeError):  # `hpc submit 2>&1 | head`: what is said beside the work does not end it
+    with suppress(OSError):  # `hpc submit 2>&1 | head`, a full disk: what is said beside the work does not end it
         print(text, file=sys.stderr, flush=True)
 
 

@@ -249,6 +249,27 @@ def test_reader_that_leaves_early_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "shown"),
+    [
+        ("stages >&-", 0, ""),
+        ("status --json >&- 2>&- <&-", 0, ""),
+        ("nosuch --json 2>&-", 2, '{"schema": "hpc.error/1"'),
+        ("query - --url localhost:1 <&- 2>&1", 2, "error: there is no question"),
+        ("nosuch --json >/dev/full 2>&1", 2, ""),
+        ("nosuch --json 2>&1 | true", 2, ""),
+        ("stages --json 2>&1 >/dev/full", 1, "error: the disk: no space left on device\n"),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_changes_no_exit_code(command: str, code: int, shown: str) -> None:
+    line = f"{sys.executable} -W error -m hpc {command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.startswith(shown)
+    assert done.stdout.count("error:") == shown.count("error:")
+    assert "Traceback" not in done.stdout
+
+
 def test_output_that_is_no_terminal_has_no_colours() -> None:
     assert "\033" not in hpc("stages", env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm"}).stdout
 
