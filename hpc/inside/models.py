@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from hpc.core import digest
 from hpc.core.config import key_of
-from hpc.core.errors import HpcError
+from hpc.core.errors import HpcError, UsageError
 from hpc.core.rundir import read_json
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -45,14 +45,14 @@ def inspect(base: str) -> None:
     path = Path(base)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise HpcError(f"{base} is not a model", hint="give a model folder, a .gguf file or a hub name")
+            raise UsageError(f"{base} is not a model", hint="give a model folder, a .gguf file or a hub name")
         return
     if not path.is_dir():
         if base.startswith(("/", ".", "~")) or path.suffix == ".gguf":
-            raise HpcError(f"there is no model at {base}", hint="check base_model")
+            raise UsageError(f"there is no model at {base}", hint="check base_model")
         return
     if not (path / "config.json").is_file():
-        raise HpcError(
+        raise UsageError(
             f"{path} has no config.json",
             hint="a model in Meta's own format must be converted to Hugging Face's first"
             if (path / "params.json").exists()
@@ -61,11 +61,11 @@ def inspect(base: str) -> None:
     if next(path.glob("*.safetensors"), None):
         return
     if any(next(path.glob(pattern), None) for pattern in _PICKLES):
-        raise HpcError(
+        raise UsageError(
             f"{path} holds its weights as pickles, which can run any code when they are loaded",
             hint="convert them: load the model where you trust it, then save_pretrained() writes safetensors",
         )
-    raise HpcError(f"{path} has no .safetensors file", hint="the download or copy may be incomplete")
+    raise UsageError(f"{path} has no .safetensors file", hint="the download or copy may be incomplete")
 
 
 def local(base: str, cache: Path) -> Path:

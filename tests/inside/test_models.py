@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpc.core.errors import HpcError
+from hpc.core.errors import HpcError, UsageError
 from hpc.inside import models
 
 
@@ -33,20 +33,20 @@ def folder(path: Path, *names: str) -> str:
     ],
 )
 def test_a_folder_that_cannot_work_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
-    with pytest.raises(HpcError, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         models.inspect(folder(tmp_path / "model", *names))
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["/none", "./none", "models/none.gguf"])
 def test_a_path_without_a_model_is_refused(name: str) -> None:
-    with pytest.raises(HpcError, match="there is no model at"):
+    with pytest.raises(UsageError, match="there is no model at"):
         models.inspect(name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
-    with pytest.raises(HpcError, match="is not a model"):
+    with pytest.raises(UsageError, match="is not a model"):
         models.inspect(str(tmp_path / "model.bin"))
 
 
