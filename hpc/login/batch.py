@@ -32,6 +32,10 @@ def script(placed: Placed, dependency: str | None) -> str:
     return text
 
 
+class AnswerLost(RuntimeUnavailable):
+    """Neither sbatch nor squeue tells whether the job is queued."""
+
+
 def submit_slurm(placed: Placed, dependency: str | None, user: str) -> str:
     """Queue the stage; the job's id. RuntimeUnavailable with Slurm's words where sbatch refuses."""
     from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
@@ -45,10 +49,13 @@ def submit_slurm(placed: Placed, dependency: str | None, user: str) -> str:
     except (FailedJobError, FailedSubmissionError) as error:
         refused = slurm.failure("sbatch", _sbatch_words(str(error)))
         if "cannot be reached" in refused.message:  # the answer was lost, the job perhaps not
-            with contextlib.suppress(RuntimeUnavailable):
+            try:
                 queued = slurm.find(user, placed.comment)
-                if queued is not None:
-                    return queued.job_id
+            except RuntimeUnavailable:
+                hint = "in a minute the same `hpc submit` completes it, and queues nothing twice"
+                raise AnswerLost(refused.message, hint=hint) from error
+            if queued is not None:
+                return queued.job_id
         raise refused from error
 
 

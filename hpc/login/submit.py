@@ -178,8 +178,8 @@ def submit(work: Submission, settings: Settings, scheduler: Scheduler, say: Say)
             f"interrupted: {names} of {work.run.id} was submitted",
             hint="the same `hpc submit` again completes it",
         ) from None
-    except (HpcError, OSError, ValueError):
-        _withdraw(work, submitted, ids)
+    except (HpcError, OSError, ValueError) as error:
+        _withdraw(work, submitted, ids, keep=isinstance(error, batch.AnswerLost))
         raise
     timings.jobs = time.perf_counter() - clock
     return timings
@@ -370,8 +370,11 @@ def _submit_one(work: Submission, placed: Placed, dependency: str | None, schedu
     return job_id
 
 
-def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, str]) -> None:
-    """Take back what this call queued: a rejected pipeline leaves nothing behind."""
+def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, str], *, keep: bool) -> None:
+    """Take back what this call queued: a rejected pipeline leaves nothing behind.
+
+    `keep` the run's folder: a job may be queued after all, and would start without it.
+    """
     for placed in submitted:
         rundir.write_json(placed.stage_dir.attempt(placed.attempt).stop, {"by": "hpc submit", "t": time.time()})
     if submitted and work.scheduler == "slurm":
@@ -380,5 +383,5 @@ def _withdraw(work: Submission, submitted: Sequence[Placed], ids: Mapping[str, s
             slurm.cancel([*later, *(ids[p.name] for p in submitted)])
     for placed in submitted if work.scheduler == "local" else ():
         batch.stop_local(rundir.read_json(placed.stage_dir.attempt(placed.attempt).process) or {})
-    if work.is_new and not submitted:
+    if work.is_new and not submitted and not keep:
         shutil.rmtree(work.run.path, ignore_errors=True)

@@ -24,6 +24,7 @@ from hpc.login.states import Scheduler, states
 from hpc.login.submit import Submission, prepare, submit
 from tests.core.fakes import FakeFacts, chain, wish
 
+SUBMIT_SLURM = batch.submit_slurm
 NAMES = ["prepare", "finetune", "merge"]
 
 
@@ -332,6 +333,29 @@ def test_rejection_of_the_first_stage_leaves_no_run(cluster: Cluster) -> None:
     with pytest.raises(RuntimeUnavailable):
         cluster.submit()
     assert cluster.runs == []
+
+
+def test_answer_of_sbatch_that_was_lost_leaves_the_run(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch and squeue are stubs; Slurm has taken the job, and neither hears of it."""
+    for name in ("sbatch", "squeue"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller' >&2\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "submit_slurm", SUBMIT_SLURM)
+        with pytest.raises(RuntimeUnavailable, match="cannot be reached"):
+            cluster.submit()
+    assert cluster.runs == ["pipeline-1"]
+    lost = RunDir(cluster.folder / "runs" / "pipeline-1").stage("prepare")
+    assert (lost.attempt(1).scheduler / batch.PICKLE).is_file()
+    cluster.jobs["101"] = {"state": "PENDING", "comment": (rundir.read_json(lost.job) or {})["comment"]}
+    work = cluster.submit()
+    assert work.run.id == "pipeline-1"
+    assert cluster.submitted == [("finetune", "afterok:101"), ("merge", "afterok:102")]
 
 
 def test_rejection_withdraws_only_what_this_call_queued(cluster: Cluster) -> None:
