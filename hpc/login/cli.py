@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _to_nowhere(sys.stdout)
         return 0
     except UnicodeEncodeError:
+        if (taken := sys.getfilesystemencoding()) != "utf-8":
+            return _say(f"names are taken for {taken} here, not for UTF-8 text", "set LC_ALL=C.UTF-8", 2, options)
         return _say("a name or a setting is not UTF-8 text", "check the arguments and the file names", 2, options)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -107,6 +107,17 @@ def test_other_ends_are_told_too(
     assert said in capsys.readouterr().err
 
 
+def test_locale_that_takes_names_for_ascii_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, UnicodeEncodeError("utf-8", "\udced", 0, 1, "surrogates not allowed"))
+    assert cli.main(["stages"]) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert cli.main(["stages"]) == 2
+    assert "set LC_ALL=C.UTF-8" in capsys.readouterr().err
+
+
 def test_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
