@@ -56,15 +56,29 @@ def template(family: Family, tokenizer: Path | None) -> Template:
     return found
 
 
-def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | None:
-    """The conversation with the reasoning of its answers kept or stripped; None where it is required and missing."""
-    if policy == "require" and not _thoughts(messages[-1:]):
-        return None
-    if policy != "strip":
+def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | str:
+    """The conversation with the reasoning of its answers kept or stripped; or why it is dropped."""
+    if policy == "keep":
         return list(messages)
-    return [
-        {**m, "content": _THOUGHT.sub("", m["content"]).strip()} if m["role"] == "assistant" else m for m in messages
-    ]
+    made = []
+    for message in messages:
+        said: str | None = message["content"]
+        if message["role"] == "assistant":
+            said = unthought(message["content"]) if policy == "strip" else _opened(message["content"])
+            if not said:
+                return "reasoning without an end" if said is None else "empty turn"
+        made.append({**message, "content": said})
+    return made if policy == "strip" or _thoughts(made[-1:]) else "no reasoning"
+
+
+def unthought(answer: str) -> str | None:
+    """The answer without its reasoning; None where the reasoning has no end.
+
+    >>> unthought("<think>so</think> yes"), unthought("so</think> yes"), unthought("<think>so"), unthought("yes")
+    ('yes', 'yes', None, 'yes')
+    """
+    said = _THOUGHT.sub("", _opened(answer)).strip()
+    return None if "<think>" in said else said
 
 
 def system(messages: Sequence[Message], policy: SystemTurns) -> list[Message]:
@@ -87,6 +101,12 @@ def lost(messages: Sequence[Message], written: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _opened(answer: str) -> str:
+    """The answer with the tag that its reasoning begins with, where a template wrote that and the model did not."""
+    before, end, _ = answer.partition("</think>")
+    return f"<think>{answer}" if end and "<think>" not in before else answer
+
+
 def _thoughts(messages: Sequence[Message]) -> list[str]:
-    said = (m["content"] for m in messages if m["role"] == "assistant" and "<think>" in m["content"])
+    said = (_opened(m["content"]) for m in messages if m["role"] == "assistant" and "</think>" in m["content"])
     return [thought.strip() for answer in said for thought in _THOUGHT.findall(answer) if thought.strip()]

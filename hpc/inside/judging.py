@@ -80,8 +80,8 @@ def _one(row: records.Row, rules: Rules, made: Judged, kept: list[str]) -> None:
     messages: Sequence[Message] | None = row.messages
     reason, language, text = row.dropped, "", ""
     if messages:
-        messages = families.think(messages, rules.thinking)
-        reason = "" if messages else "no reasoning"
+        found = families.think(messages, rules.thinking)
+        reason, messages = (found, None) if isinstance(found, str) else ("", found)
     if messages:
         text = languages.said(messages)
         reason = _form(text, rules)

@@ -139,6 +139,8 @@ def test_the_same_answers_make_the_same_bytes_in_whatever_order_they_come(
         ("As an AI, I", "stop", {"without": ("(?i)as an ai",)}, "without: (?i)as an ai"),
         ("the wall", "stop", {}, "the prompt itself"),
         ("<think>only a thought</think>", "stop", {"thoughts": "strip"}, "empty"),
+        ("<think>a thought", "stop", {"thoughts": "strip"}, "empty"),
+        ("a thought\n</think>\n\n", "stop", {"thoughts": "strip"}, "empty"),
     ],
 )
 def test_what_is_left_out_is_kept_apart_with_its_reason(
