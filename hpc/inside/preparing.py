@@ -146,10 +146,20 @@ class Work:
         config = self._config
         groups = self._groups("data", entries=bool(config.weights))
         counts = mixture.counted(self._table, groups, max(1, len(config.weights)))
+        if config.weights and 0 in counts:
+            raise UsageError(
+                f"no row of {config.data[counts.index(0)]} is left to mix (dropped: {self._drops.words()})",
+                hint="take it out of prepare.data and weights, or look why its rows were dropped",
+            )
         total = config.train_rows
         if total is not None and config.replay:
             total = round(total * (1 - config.replay_share))
         wanted = mixture.quotas(counts, config.weights or (1.0,), total)
+        if not sum(wanted):
+            raise UsageError(
+                f"no row is left to train on (dropped: {self._drops.words()})",
+                hint="check prepare.contamination, train_rows and replay_share",
+            )
         self._choose(groups, wanted)
         if config.weights:
             self._figures["mixture"] = wanted

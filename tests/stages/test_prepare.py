@@ -223,6 +223,24 @@ def test_the_bytes_do_not_tell_how_many_cores_there_were(
 
 
 @pytest.mark.train
+def test_a_fault_behind_what_is_wanted_is_none_on_any_number_of_cores(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.inside import preparing, sources
+
+    for module, name in ((sources, "_PIECE"), (preparing, "_FOR_EACH")):
+        monkeypatch.setattr(module, name, 1024)
+    array = json.dumps([{"instruction": q, "output": a} for q, a in pairs(60)], indent=0)
+    (tmp_path / "a.json").write_text(array[:-200])
+    config = {"data": (str(tmp_path / "a.json"),), "near_duplicates": None}
+    for cores in (1, 2):
+        monkeypatch.setattr(preparing, "cores", lambda cores=cores: cores)
+        assert run_stage("prepare", folder=f"few-{cores}", max_samples=20, **config).code == 0
+        broken = run_stage("prepare", folder=f"all-{cores}", **config)
+        assert (broken.code, "not valid JSON" in broken.error["cause"]) == (2, True)
+
+
+@pytest.mark.train
 def test_held_out_files_are_never_trained_on(tmp_path: Path, run_stage: RunStage) -> None:
     held = [(f"Held {i}?", f"{ENGLISH} held {i}") for i in range(3)]
     data, evaluation = write(tmp_path / "a.jsonl", *pairs(5), held[1]), write(tmp_path / "eval.jsonl", *held)
@@ -258,6 +276,24 @@ def test_a_mixture_with_weights_and_older_data(tmp_path: Path, run_stage: RunSta
     assert (result.metrics["mixture"], result.metrics["replayed"]) == ([40, 13], 13)
     less = run_stage("prepare", folder="less", train_rows=20, **config)
     assert (less.metrics["mixture"], less.metrics["replayed"], less.metrics["train"]) == ([12, 4], 4, 20)
+
+
+@pytest.mark.train
+def test_a_mixture_without_rows_to_train_on_is_refused(tmp_path: Path, run_stage: RunStage) -> None:
+    full, held_out = write(tmp_path / "a.jsonl", *pairs(8)), write(tmp_path / "e.jsonl", ("Held out?", ENGLISH))
+    hollow = write(tmp_path / "b.jsonl", ("x", ""), ("y", ""))
+    for number, (config, cause) in enumerate(
+        (
+            ({"data": (full, hollow), "weights": (1.0, 1.0)}, "b.jsonl is left to mix (dropped: 2 no answer)"),
+            (
+                {"data": (full,), "eval_data": (held_out,), "contamination": "drop"},
+                "no row is left to train on (dropped: 8 shares text with held-out rows)",
+            ),
+            ({"data": (full,), "train_rows": 1, "replay": (held_out,), "replay_share": 0.6}, "no row is left"),
+        )
+    ):
+        result = run_stage("prepare", folder=str(number), **config)
+        assert (result.code, cause in result.error["cause"]) == (2, True), result.error
 
 
 @pytest.mark.train
