@@ -62,11 +62,12 @@ def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | str:
         return list(messages)
     made = []
     for message in messages:
-        said: str | None = message["content"]
-        if message["role"] == "assistant":
-            said = unthought(message["content"]) if policy == "strip" else _opened(message["content"])
-            if not said:
-                return "reasoning without an end" if said is None else "empty turn"
+        if message["role"] != "assistant":
+            made.append(message)
+            continue
+        said = unthought(message["content"]) if policy == "strip" else _opened(message["content"])
+        if not said:
+            return "reasoning without an end" if said is None else "empty turn"
         made.append({**message, "content": said})
     return made if policy == "strip" or _thoughts(made[-1:]) else "no reasoning"
 

@@ -60,8 +60,10 @@ class Judged:
     """What ended the reading, behind the records above."""
 
 
-def judge(task: tuple[Piece, Format, Rules]) -> Judged:
+def judge(task: tuple[Piece, Format, Rules] | HpcError) -> Judged:
     """All records of the piece. What can't be read comes as `error`: it may lie behind what is wanted."""
+    if isinstance(task, HpcError):
+        return Judged(error=task)
     piece, form, rules = task
     made = Judged()
     kept: list[str] = []
