@@ -142,7 +142,7 @@ def _look(path: Path, config: PrepareConfig) -> None:
     """UsageError where the first part of a file can't be read, or holds no conversation."""
     from hpc.inside import sources
 
-    if path.suffix in (".parquet", ".arrow"):
+    if sources.columnar(path):
         sources.looks_whole(path)
         return
     row = None

@@ -129,8 +129,10 @@ def test_a_gzipped_file_reads_like_the_plain_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 3))
     assert [row.number for row in records.read(tmp_path / "a.jsonl.gz")] == [1, 2, 3]
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(line * 3)[:-9])
-    with pytest.raises(UsageError, match="cannot read"):
-        list(records.read(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "wrong.jsonl.GZ").write_bytes(gzip.compress(line * 3)[:20] + b"\xff" * 20)
+    for name in ("cut.jsonl.gz", "wrong.jsonl.GZ"):
+        with pytest.raises(UsageError, match="cannot read"):
+            list(records.read(tmp_path / name))
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +170,30 @@ def test_parquet_and_arrow_read_like_lines(tmp_path: Path) -> None:
         found = list(records.read(path))
         assert [said(row) for row in found] == [PAIR, PAIR, PAIR, []]
         assert (found[3].where, found[3].dropped) == (f"{path.name} row 4", "no answer")
+    (tmp_path / "a.parquet").rename(tmp_path / "A.PARQUET")
+    assert len(list(records.read(tmp_path / "A.PARQUET"))) == 4
+    (tmp_path / "A.PARQUET").rename(tmp_path / "a.parquet")
     os.truncate(tmp_path / "a.parquet", 200)
     with pytest.raises(UsageError, match="is not a whole Parquet file"):
         sources.looks_whole(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet row 1: cannot be read"):
         list(records.read(tmp_path / "a.parquet"))
+
+
+@pytest.mark.train
+def test_a_text_of_a_table_that_is_none_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    said = pyarrow.array([b"A", b"B", b"\xe4", b"D"])
+    for name, column, message in (
+        ("a", pyarrow.Array.from_buffers(pyarrow.string(), 4, said.buffers()), "a.parquet row 3: not UTF-8 text"),
+        ("b", said, "b.parquet row 1: 'output' must be a text"),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table({"instruction": ["Q"] * 4, "output": column}), path)
+        with pytest.raises(UsageError, match=message):
+            list(records.read(path))
 
 
 def test_a_json_array_reads_like_lines(tmp_path: Path) -> None:
