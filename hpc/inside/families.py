@@ -17,7 +17,7 @@ from typing import Literal
 from hpc.core.assets import TEMPLATES
 from hpc.core.errors import UsageError
 from hpc.inside.chat import Template
-from hpc.inside.records import Message
+from hpc.inside.records import Message, bare
 
 Family = Literal["own", "llama-2", "llama-3", "chatml", "mistral", "gemma", "deepseek-r1"]
 """own: the tokenizer's."""
@@ -34,7 +34,7 @@ TOKENS = {
 }
 """Begin and end of a text where no tokenizer says otherwise."""
 
-_THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"<think>(.*?)</think>(?:\s*\n| )?", re.DOTALL)
 
 
 def text(family: str) -> str:
@@ -78,7 +78,7 @@ def unthought(answer: str) -> str | None:
     >>> unthought("<think>so</think> yes"), unthought("so</think> yes"), unthought("<think>so"), unthought("yes")
     ('yes', 'yes', None, 'yes')
     """
-    said = _THOUGHT.sub("", _opened(answer)).strip()
+    said = bare(_THOUGHT.sub("", _opened(answer)))
     return None if "<think>" in said else said
 
 

@@ -44,6 +44,23 @@ class Piece:
     unit: str = "line"
 
 
+class _TwiceError(Exception):
+    """A key of an object is there twice, with two values."""
+
+
+_TWICE = "one of the two would be lost; mend or delete the record"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs) and (twice := next((key for key, value in pairs if made[key] != value), None)):
+        raise _TwiceError(f"the key '{twice}' is there twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def files(path: Path) -> list[Path]:
     """The files of records that a path means: itself, or those in the folder, by name. UsageError for none."""
     if not path.is_dir():
@@ -89,7 +106,9 @@ def values(piece: Piece) -> Iterator[tuple[int, Any]]:
         if not text:
             continue
         try:
-            yield number, json.loads(text)
+            yield number, _DECODER.decode(text)
+        except _TwiceError as error:
+            raise UsageError(f"{where}: {error}", hint=_TWICE) from error
         except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{where}: not valid JSON",
@@ -132,7 +151,7 @@ def _lines(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:
 
 def _array(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:  # noqa: PLR0915
     """The items of one JSON array, decoded one by one, so that an error has a line and memory does not grow."""
-    decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, at, line, taken, ended = "", 0, 1, 0, False
     found: list[tuple[int, Any]] = []
     held = 0
@@ -167,8 +186,10 @@ def _array(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:  #
             break
         while True:
             try:
-                value, end = parser.raw_decode(text, at)
+                value, end = _DECODER.raw_decode(text, at)
                 break
+            except _TwiceError as error:
+                raise UsageError(f"{where}: {error}", hint=_TWICE) from error
             except (ValueError, RecursionError) as error:
                 if not sign or len(text) - at > _LONGEST or not more():
                     raise UsageError(f"{where}: not valid JSON", hint="mend the array near this line") from error

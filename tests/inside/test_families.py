@@ -125,6 +125,8 @@ def test_reasoning_that_a_template_opened_or_that_has_no_end() -> None:
     assert families.think(opened, "strip") == PAIR
     assert families.think(opened, "require") == THOUGHT, "with its tag, as the model began"
     assert families.lost(opened, "A") == ("reasoning",)
+    code = {"role": "assistant", "content": "<think>hm</think>\n\n    x = 1\n    return x"}
+    assert families.think([PAIR[0], code], "strip")[1]["content"] == "    x = 1\n    return x"  # type: ignore[index]
     for text, reason in (("<think>hm</think>", "empty turn"), ("<think>hm", "reasoning without an end")):
         assert families.think([PAIR[0], {"role": "assistant", "content": text}], "strip") == reason
 

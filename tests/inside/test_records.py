@@ -104,6 +104,27 @@ def test_sharegpt_keeps_its_system_message_beside_the_turns(tmp_path: Path) -> N
     assert said(row) == [("system", "S"), *PAIR]
 
 
+def test_messages_keep_a_system_message_and_a_question_its_history(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in PAIR]
+    (row,) = rows(tmp_path, {"messages": turns, "system": "S"})
+    assert said(row) == [("system", "S"), *PAIR]
+    (row,) = rows(tmp_path, {"system": "S", "instruction": "Q2", "output": "A2", "history": [["Q1", "A1"]]})
+    assert said(row) == [("system", "S"), *PAIR, ("user", "Q2"), ("assistant", "A2")]
+
+
+def test_an_indent_belongs_to_the_text(tmp_path: Path) -> None:
+    code = "    x = 1\n    return x"
+    (tmp_path / "twice.jsonl").write_text('{"instruction": "Q", "output": "A", "id": 1, "id": 1}')
+    assert len(list(records.read(tmp_path / "twice.jsonl"))) == 1, "the same twice loses nothing"
+    for value in (
+        {"instruction": " Q", "output": f"\n\n{code}\n"},
+        {"text": f"### Human: Q### Assistant:\n{code}\n"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": " assistant", "content": code}]},
+    ):
+        (row,) = rows(tmp_path, value)
+        assert said(row) == [("user", "Q"), ("assistant", code)]
+
+
 def test_reasoning_beside_an_answer_goes_before_it(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}]
     (row,) = rows(tmp_path, {"messages": turns})
@@ -230,6 +251,10 @@ GOOD = b'{"instruction": "Q", "output": "A"}\n'
         (GOOD + b'{"instruction": "Q"}', "data.jsonl line 2: 'output' must be a text, not null"),
         (GOOD + b'{"instruction": "\\ud800", "output": "A"}', "half of a"),
         (b'{"question": "Q", "answer": "A"}', "data.jsonl line 1: unknown form of record, with the keys answer, q"),
+        (GOOD + b'{"instruction": "Q", "output": "A", "output": "B"}', "line 2: the key 'output' is there twice"),
+        (b"[" + GOOD + b',{"instruction": "Q", "output": "A", "output": "B"}', "line 2: the key 'output' is there"),
+        (GOOD + b'{"instruction": "Q", "output": "A", "history": "Q"}', "line 2: the history is not a list of"),
+        (b'{"log": [], "original dialog info": {"summaries": {"abstractive_summaries": [["\\ud800"]]}}}', "half of"),
         (b'{"messages": "Q"}', "the messages are not a list"),
         (b'{"text": "intro ### Human: Q### Assistant: A"}', "does not begin with '### Human:'"),
         (b"[" + GOOD.strip() + b",\n{]", "data.jsonl line 2: not valid JSON"),
