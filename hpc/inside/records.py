@@ -38,7 +38,8 @@ _SPEAKER = re.compile(r"###\s*(Human|Assistant):")
 _PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion"))
 """Names of question, its material, and answer."""
 _SUMMARISE = "Write a summary of the conversation below."
-_BEFORE = re.compile(r"(?:\s*\n)?(?: (?=\S))?")
+_BEFORE = re.compile(r"(?:\s*\n)?(?: (?=\S)| {2,3}(?=\S)(?!.*\n(?:[ \t]*\n)*[ \t]+\S))?")
+"""What does not belong to a text that follows: blank lines, and blanks that are no indent."""
 _NOISE = re.compile(r"https?://\S+|@\w+|\^\S+")
 """Of support chats on Twitter: links, names of accounts, and the agents' initials."""
 
@@ -244,10 +245,10 @@ def as_text(value: Any, what: str) -> str:
 
 
 def bare(said: str) -> str:
-    r"""A text without the blank lines before it, one blank, and what is blank behind it; an indent belongs to it.
+    r"""A text without the blanks around it; an indent belongs to it: four blanks, or two where the next line has some.
 
-    >>> bare("\n Yes. \n"), bare("\n    x = 1\n    return x\n")
-    ('Yes.', '    x = 1\n    return x')
+    >>> bare("\n  Yes. \n"), bare("\n    x = 1\n"), bare("  if x:\n    y")
+    ('Yes.', '    x = 1', '  if x:\n    y')
     """
     before = _BEFORE.match(said)
     return said[before.end() if before else 0 :].rstrip()
