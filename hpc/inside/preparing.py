@@ -128,8 +128,11 @@ class Work:
     def compare_with_held_out(self) -> None:
         """Rows to train on that share text with held-out rows are counted, dropped or refused, as the policy says."""
         self._tell("comparing with the held-out rows")
-        words, policy, found = self._config.contamination_words, self._config.contamination, 0
-        for row in contamination.find(self._table, words, self._workers):
+        words, policy, found, phrases = self._config.contamination_words, self._config.contamination, 0, 0
+        for row, phrase in contamination.find(self._table, words, self._workers):
+            if phrase:
+                phrases += 1
+                continue
             found += 1
             if policy == "refuse":
                 raise VerificationFailed(
@@ -140,6 +143,7 @@ class Work:
                 self._table.fate[row] = DROPPED
                 self._drops.row(self._table, row, "shares text with held-out rows")
         self._figures["contaminated"] = found
+        self._figures["share_phrases"] = phrases
 
     def mix(self) -> None:
         """The subset, the weights of the sources, and the share of older data."""

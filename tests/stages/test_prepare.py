@@ -257,13 +257,19 @@ def test_rows_that_share_text_with_held_out_ones(tmp_path: Path, run_stage: RunS
     fixed = "Please answer the following question as well as you can and in one single sentence only:"
     good = [(f"{fixed} {i}?", f"Answer {i}.") for i in range(20)]
     data = write(tmp_path / "a.jsonl", *good, ("Leak?", f"Before. {text[:200].upper()} after."))
-    config = {"data": (data,), "eval_data": (write(tmp_path / "e.jsonl", ("E?", text), (f"{fixed} 99?", "Answer.")),)}
+    held_out = [("E?", text), (f"{fixed} 98?", "Answer."), (f"{fixed} 99?", "Answer.")]
+    config = {"data": (data,), "eval_data": (write(tmp_path / "e.jsonl", *held_out),)}
     told = run_stage("prepare", **config)
-    assert (told.metrics["contaminated"], told.metrics["train"]) == (1, 21), "a phrase of many rows counts for nothing"
+    assert (told.metrics["contaminated"], told.metrics["share_phrases"]) == (1, 20), "a phrase of both is told apart"
+    assert told.metrics["train"] == 21
     fewer = run_stage("prepare", folder="drop", contamination="drop", **config)
     assert dropped(fewer) == {"a.jsonl line 21": "shares text with held-out rows"}
     refused = run_stage("prepare", folder="refuse", contamination="refuse", **config)
     assert (refused.code, refused.error["cause"][:31]) == (6, "a.jsonl line 21 shares 13 words")
+    many = [(f"Leak {i}? {text}", f"{'x' * i}.") for i in range(1, 13)]
+    often = {**config, "data": (write(tmp_path / "b.jsonl", *many),), "near_duplicates": None}
+    told = run_stage("prepare", folder="often", **often)
+    assert told.metrics["contaminated"] == 12, "a question that many repeat is no phrase"
 
 
 @pytest.mark.train
