@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_check_passes_on_good_data(tmp_path: Path) -> None:
         ('{"instruction": "Q", "output": "A"}', {"languages": ("zh",), "detector": "langdetect"}, "'zh' is not known"),
         ('{"instruction": "Q", "output": "A"}', {"weights": (1.0, 2.0)}, "2 values for 1 entries"),
         ('{"instruction": "Q", "output": "A"}', {"near_duplicates": 1.0}, "between 0 and 1"),
+        ('{"instruction": "Q", "output": "A"}', {"near_duplicates": 0.4}, "must be 0.5 or more"),
         ('{"instruction": "Q", "output": "A"}', {"train_rows": 0}, "1 or more"),
     ],
 )
@@ -191,6 +193,27 @@ def test_every_dropped_record_is_named_with_its_reason(tmp_path: Path, run_stage
     assert (told["a.jsonl line 3"], told["a.jsonl line 7"]) == ("a.jsonl line 1", "a.jsonl line 6")
     kept = run_stage("prepare", folder="kept", data=data, near_duplicates=None, max_chars=400)
     assert kept.metrics["dropped"] == {"duplicate": 1, "no answer": 1, "too long": 4}
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.9])
+def test_rows_just_above_the_threshold_are_found(tmp_path: Path, threshold: float) -> None:
+    from hpc.inside import duplicates, judging, parallel, table
+
+    draw, rows = random.Random(0), table.Table(tmp_path)
+    found = duplicates.Signatures(tmp_path, threshold)
+    changed = int(198 * (1 - threshold - 0.01) / (1 + threshold + 0.01))
+    texts = []
+    for _ in range(400):
+        words = [f"w{draw.randrange(5000)}" for _ in range(200)]
+        texts += [words, [*words[changed:], *(f"x{draw.randrange(5000)}" for _ in range(changed))]]
+    said = [judging.line([{"role": "user", "content": " ".join(words)}]) for words in texts]
+    rows.add(0, said, range(len(said)), range(len(said)), range(len(said)))
+    found.add(duplicates.signatures(texts, threshold), len(texts))
+    rows.finish(), found.finish()
+    with parallel.Workers(1) as workers:
+        pairs = set(duplicates.near(rows, found, workers))
+    assert len(pairs & {(row + 1, row) for row in range(0, 800, 2)}) >= 399
 
 
 @pytest.mark.train
