@@ -210,10 +210,21 @@ def test_rows_just_above_the_threshold_are_found(tmp_path: Path, threshold: floa
     said = [judging.line([{"role": "user", "content": " ".join(words)}]) for words in texts]
     rows.add(0, said, range(len(said)), range(len(said)), range(len(said)))
     found.add(duplicates.signatures(texts, threshold), len(texts))
-    rows.finish(), found.finish()
+    rows.finish()
+    found.finish()
     with parallel.Workers(1) as workers:
         pairs = set(duplicates.near(rows, found, workers))
     assert len(pairs & {(row + 1, row) for row in range(0, 800, 2)}) >= 399
+
+
+@pytest.mark.train
+def test_a_row_knows_its_file_among_very_many(tmp_path: Path) -> None:
+    from hpc.inside.table import Table
+
+    rows = Table(tmp_path)
+    rows.add(70_000, [b"{}\n"], [1], [0], [0])
+    rows.finish()
+    assert rows.record(0)["file"] == 70_000
 
 
 @pytest.mark.train
