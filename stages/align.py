@@ -127,7 +127,7 @@ def check(config: AlignConfig) -> None:
     if config.base_model is not None:
         models.inspect(config.base_model)
     for path in map(Path, config.pairs):
-        if path.suffix in (".parquet", ".arrow"):  # the login node has nothing that reads them
+        if sources.columnar(path):  # the login node has nothing that reads them
             sources.looks_whole(path)
         elif not any(not pair.dropped for pair in preferences.read(path, limit=1 << 20)):
             raise UsageError(f"{path.name} holds no pair to learn from")

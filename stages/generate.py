@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from hpc.core.errors import HpcError, UsageError
 from hpc.core.stage import Artifact, Context, Input, Resources, Stage
+from hpc.inside import families
 from hpc.inside.prompts import Prompt, read
 
 _SCORE = re.compile(r"\d+")
-_THOUGHT = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +183,14 @@ def _ask(prompt: Prompt, at: tuple[int, int], served: Any, config: GenerateConfi
         answer = served.chat([*system, *prompt.messages[:-1], last], max_tokens=config.max_tokens, **draws, **name)
         if answer is None:
             return None
-        text = _THOUGHT.sub("", answer.text) if config.thoughts == "strip" else answer.text
+        text = (families.unthought(answer.text) or "") if config.thoughts == "strip" else answer.text
         entry.update(text=text.strip(), whole=answer.whole, tokens=answer.tokens, model=answer.model)
         if config.judge and entry["text"]:
             question = config.judge.replace("{prompt}", prompt.text).replace("{answer}", entry["text"])
             verdict = served.chat([{"role": "user", "content": question}], max_tokens=512, temperature=0, **name)
             if verdict is None:
                 return None
-            found = _SCORE.search(_THOUGHT.sub("", verdict.text))
+            found = _SCORE.search(families.unthought(verdict.text) or "")
             entry["score"] = int(found[0]) if found else None
     except RefusedRequest as refused:
         entry["refused"] = str(refused)
@@ -221,10 +221,10 @@ def fault(entry: dict[str, Any], config: GenerateConfig) -> str:
     text = entry["text"]
     if "refused" in entry:
         return "the service refused the request"
-    if not text:
-        return "empty"
     if not entry["whole"] and not config.unfinished:
         return "cut off at max_tokens"
+    if not text:
+        return "empty"
     if not config.min_chars <= len(text) <= config.max_chars:
         return "too short" if len(text) < config.min_chars else "too long"
     if found := next((pattern for pattern in config.without if re.search(pattern, text)), None):

@@ -60,7 +60,8 @@ class PrepareConfig:
     repetition: float | None = None
     """Drop conversations in which a larger share of 4-grams of words was there before, 0 to 1; None: keep them."""
     near_duplicates: float | None = 0.9
-    """Drop a conversation that shares this part of its 3-grams of words with an earlier one; None: exact repeats."""
+    """Drop a conversation that shares this part of its 3-grams of words with an earlier one, 0.5 or more; None:
+    exact repeats."""
     contamination: Literal["report", "drop", "refuse"] = "report"
     """What to do with rows to train on that share text with held-out rows."""
     contamination_words: int = 13
@@ -102,6 +103,8 @@ def outputs(config: PrepareConfig) -> dict[str, Artifact]:
 
 def check(config: PrepareConfig) -> None:
     """UsageError where the config or the first part of the data can't work. Standard library, seconds."""
+    from hpc.inside import duplicates
+
     _check_languages(config)
     for name in ("eval_rows", "min_chars"):
         if getattr(config, name) < 0:
@@ -112,6 +115,11 @@ def check(config: PrepareConfig) -> None:
     for name in ("near_duplicates", "repetition", "replay_share"):
         if getattr(config, name) is not None and not 0 < getattr(config, name) < 1:
             raise UsageError(f"prepare.{name} must lie between 0 and 1")
+    if config.near_duplicates is not None and config.near_duplicates < duplicates.LEAST:
+        raise UsageError(
+            f"prepare.near_duplicates must be {duplicates.LEAST} or more: MinHash does not find what is less alike",
+            hint="0.9 is usual; 0.7 is already a loose one",
+        )
     if config.weights and (len(config.weights) != len(config.data) or min(config.weights) <= 0):
         raise UsageError(
             f"prepare.weights has {len(config.weights)} values for {len(config.data)} entries of data",
@@ -142,7 +150,7 @@ def _look(path: Path, config: PrepareConfig) -> None:
     """UsageError where the first part of a file can't be read, or holds no conversation."""
     from hpc.inside import sources
 
-    if path.suffix in (".parquet", ".arrow"):
+    if sources.columnar(path):
         sources.looks_whole(path)
         return
     row = None

@@ -2,8 +2,8 @@
 Rows that are there twice: exactly, by their hash, or nearly, by MinHash. The first in the data's order stays.
 
 Two rows are near duplicates where they share so large a part of their 3-grams of words. MinHash finds candidates
-(rows whose signatures agree in one of the bands), and each is then compared word by word: the threshold is meant as
-it is written. All sorting is done on parts of bounded size.
+(rows whose signatures agree in one of the bands), of which fewer than one in a thousand is missed, and each is then
+compared word by word: nothing below the threshold is dropped. All sorting is done on parts of bounded size.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ WORDS = 3
 
 _PERMUTATIONS = 128
 _SEED = 42
-_BANDS = ((0.85, 16), (0.7, 25), (0.0, 32))
-"""From this similarity on: so many bands of a signature. A pair just above is missed once in some thousands."""
-_SLACK = 0.1
-"""A signature may say so much less than the similarity is."""
+_BANDS = ((0.9, 16), (0.8, 25), (0.7, 32), (0.55, 42), (0.0, 64))
+"""From this similarity on: so many bands of a signature."""
+LEAST = 0.5
+"""Below this similarity two conversations that have little in common look alike to a band."""
+_DEVIATIONS = 3.5
+"""A signature may say less than the similarity is, by so many standard deviations of what it says."""
 _PART = 1 << 18
 """So many rows are sorted at once."""
 _PAIRS = 256
@@ -116,11 +118,12 @@ def near(table: Table, found: Signatures, workers: Workers) -> Iterator[tuple[in
     """(row, an earlier one that it nearly repeats), each dropped in the table."""
     import numpy as np
 
+    least = found.threshold - _DEVIATIONS * (found.threshold * (1 - found.threshold) / _PERMUTATIONS) ** 0.5
     for read in found.bands():
         for part in range(parts := _parts(table.count)):
             groups = _groups(_column(table, read, part, parts))
             pairs = np.array([(first, row) for first, rows in groups for row in rows], dtype=np.int64).reshape(-1, 2)
-            likely = found.alike(pairs[:, 0], pairs[:, 1]) >= found.threshold - _SLACK
+            likely = found.alike(pairs[:, 0], pairs[:, 1]) >= least
             pairs = pairs[likely]
             pairs = pairs[np.argsort(pairs[:, 1], kind="stable")]
             for (first, row), share in zip(pairs, _shares(table, pairs, workers), strict=True):

@@ -17,7 +17,7 @@ from typing import Literal
 from hpc.core.assets import TEMPLATES
 from hpc.core.errors import UsageError
 from hpc.inside.chat import Template
-from hpc.inside.records import Message
+from hpc.inside.records import Message, bare
 
 Family = Literal["own", "llama-2", "llama-3", "chatml", "mistral", "gemma", "deepseek-r1"]
 """own: the tokenizer's."""
@@ -34,7 +34,7 @@ TOKENS = {
 }
 """Begin and end of a text where no tokenizer says otherwise."""
 
-_THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"<think>(.*?)</think>(?:\s*\n| )?", re.DOTALL)
 
 
 def text(family: str) -> str:
@@ -56,15 +56,30 @@ def template(family: Family, tokenizer: Path | None) -> Template:
     return found
 
 
-def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | None:
-    """The conversation with the reasoning of its answers kept or stripped; None where it is required and missing."""
-    if policy == "require" and not _thoughts(messages[-1:]):
-        return None
-    if policy != "strip":
+def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | str:
+    """The conversation with the reasoning of its answers kept or stripped; or why it is dropped."""
+    if policy == "keep":
         return list(messages)
-    return [
-        {**m, "content": _THOUGHT.sub("", m["content"]).strip()} if m["role"] == "assistant" else m for m in messages
-    ]
+    made = []
+    for message in messages:
+        if message["role"] != "assistant":
+            made.append(message)
+            continue
+        said = unthought(message["content"]) if policy == "strip" else _opened(message["content"])
+        if not said:
+            return "reasoning without an end" if said is None else "empty turn"
+        made.append({**message, "content": said})
+    return made if policy == "strip" or _thoughts(made[-1:]) else "no reasoning"
+
+
+def unthought(answer: str) -> str | None:
+    """The answer without its reasoning; None where the reasoning has no end.
+
+    >>> unthought("<think>so</think> yes"), unthought("so</think> yes"), unthought("<think>so"), unthought("yes")
+    ('yes', 'yes', None, 'yes')
+    """
+    said = bare(_THOUGHT.sub("", _opened(answer)))
+    return None if "<think>" in said else said
 
 
 def system(messages: Sequence[Message], policy: SystemTurns) -> list[Message]:
@@ -87,6 +102,12 @@ def lost(messages: Sequence[Message], written: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _opened(answer: str) -> str:
+    """The answer with the tag that its reasoning begins with, where a template wrote that and the model did not."""
+    before, end, _ = answer.partition("</think>")
+    return f"<think>{answer}" if end and "<think>" not in before else answer
+
+
 def _thoughts(messages: Sequence[Message]) -> list[str]:
-    said = (m["content"] for m in messages if m["role"] == "assistant" and "<think>" in m["content"])
+    said = (_opened(m["content"]) for m in messages if m["role"] == "assistant" and "</think>" in m["content"])
     return [thought.strip() for answer in said for thought in _THOUGHT.findall(answer) if thought.strip()]

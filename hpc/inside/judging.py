@@ -60,8 +60,10 @@ class Judged:
     """What ended the reading, behind the records above."""
 
 
-def judge(task: tuple[Piece, Format, Rules]) -> Judged:
+def judge(task: tuple[Piece, Format, Rules] | HpcError) -> Judged:
     """All records of the piece. What can't be read comes as `error`: it may lie behind what is wanted."""
+    if isinstance(task, HpcError):
+        return Judged(error=task)
     piece, form, rules = task
     made = Judged()
     kept: list[str] = []
@@ -80,8 +82,8 @@ def _one(row: records.Row, rules: Rules, made: Judged, kept: list[str]) -> None:
     messages: Sequence[Message] | None = row.messages
     reason, language, text = row.dropped, "", ""
     if messages:
-        messages = families.think(messages, rules.thinking)
-        reason = "" if messages else "no reasoning"
+        found = families.think(messages, rules.thinking)
+        reason, messages = (found, None) if isinstance(found, str) else ("", found)
     if messages:
         text = languages.said(messages)
         reason = _form(text, rules)

@@ -19,11 +19,18 @@ def quotas(counts: Sequence[int], weights: Sequence[float], total: int | None) -
 
     >>> quotas([100, 100], [3, 1], None), quotas([100, 100], [3, 1], 40), quotas([7], [1], None)
     ([100, 33], [30, 10], [7])
+    >>> quotas([20, 20, 20], [1, 1, 1], 10), quotas([20, 20], [1, 2], 1)  # what is over goes to the largest remainders
+    ([4, 3, 3], [0, 1])
     """
     whole = sum(weights)
     most = min((count * whole / weight for count, weight in zip(counts, weights, strict=True) if weight), default=0)
-    size = most if total is None else min(most, total)
-    return [min(count, int(size * weight / whole + 1e-9)) for count, weight in zip(counts, weights, strict=True)]
+    size = int(most + 1e-9) if total is None else min(int(most + 1e-9), total)
+    shares = [size * weight / whole for weight in weights]
+    wanted = [min(count, int(share + 1e-9)) for count, share in zip(counts, shares, strict=True)]
+    nearest = sorted(range(len(wanted)), key=lambda source: wanted[source] - shares[source])
+    for source in nearest[: size - sum(wanted)]:
+        wanted[source] += 1
+    return wanted
 
 
 def replayed(rows: int, available: int, share: float) -> int:

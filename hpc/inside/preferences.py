@@ -10,9 +10,7 @@ from typing import Any
 
 from hpc.core.errors import UsageError
 from hpc.inside import sources
-from hpc.inside.records import ROLES
-
-Message = dict[str, str]
+from hpc.inside.records import ROLES, Message, as_text, bare, history
 
 
 @dataclass(frozen=True)
@@ -75,24 +73,27 @@ def _asked(value: dict[str, Any], where: str) -> list[Message]:
             asked = _turns(value[name], "user", f"{where}: '{name}'")
             break
     else:
-        parts = [value.get("instruction"), value.get("input")]
-        text = "\n\n".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
+        parts = (bare(as_text(value.get(name) or "", f"{where}: '{name}'")) for name in ("instruction", "input"))
+        text = "\n\n".join(part for part in parts if part)
         asked = [{"role": "user", "content": text}] if text else []
-    system = value.get("system")
-    if asked and isinstance(system, str) and system.strip() and asked[0]["role"] != "system":
-        asked = [{"role": "system", "content": system.strip()}, *asked]
-    return asked
+    begun = bool(asked) and asked[0]["role"] == "system"
+    system = "" if begun else bare(as_text(value.get("system") or "", f"{where}: 'system'"))
+    first = asked[:1] if begun else [{"role": "system", "content": system}] if system else []
+    earlier = [{"role": role, "content": said} for role, said in history(value, where)]
+    return [*first, *earlier, *asked[begun:]] if asked else []
 
 
 def _turns(value: Any, role: str, where: str) -> list[Message]:
     """Messages of a text (of that role), of one message, or of a list of them."""
     if isinstance(value, str):
-        return [{"role": role, "content": value.strip()}] if value.strip() else []
+        said = bare(as_text(value, where))
+        return [{"role": role, "content": said}] if said else []
     found = []
     for turn in value if isinstance(value, list) else [value]:
         words = turn if isinstance(turn, dict) else {}
         known, text = ROLES.get(str(words.get("role", words.get("from")))), words.get("content", words.get("value"))
-        if known is None or not isinstance(text, str):
-            raise UsageError(f"{where}: {json.dumps(turn)[:40]} is no message", hint="expected {role, content}")
-        found.append({"role": known, "content": text.strip()})
+        if known is None or text is None:
+            said = json.dumps(turn, default=str)[:40]
+            raise UsageError(f"{where}: {said} is no message", hint="expected {role, content}")
+        found.append({"role": known, "content": bare(as_text(text, where))})
     return found

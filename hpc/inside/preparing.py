@@ -128,8 +128,11 @@ class Work:
     def compare_with_held_out(self) -> None:
         """Rows to train on that share text with held-out rows are counted, dropped or refused, as the policy says."""
         self._tell("comparing with the held-out rows")
-        words, policy, found = self._config.contamination_words, self._config.contamination, 0
-        for row in contamination.find(self._table, words, self._workers):
+        words, policy, found, phrases = self._config.contamination_words, self._config.contamination, 0, 0
+        for row, phrase in contamination.find(self._table, words, self._workers):
+            if phrase:
+                phrases += 1
+                continue
             found += 1
             if policy == "refuse":
                 raise VerificationFailed(
@@ -140,16 +143,27 @@ class Work:
                 self._table.fate[row] = DROPPED
                 self._drops.row(self._table, row, "shares text with held-out rows")
         self._figures["contaminated"] = found
+        self._figures["share_phrases"] = phrases
 
     def mix(self) -> None:
         """The subset, the weights of the sources, and the share of older data."""
         config = self._config
         groups = self._groups("data", entries=bool(config.weights))
         counts = mixture.counted(self._table, groups, max(1, len(config.weights)))
+        if config.weights and 0 in counts:
+            raise UsageError(
+                f"no row of {config.data[counts.index(0)]} is left to mix (dropped: {self._drops.words()})",
+                hint="take it out of prepare.data and weights, or look why its rows were dropped",
+            )
         total = config.train_rows
         if total is not None and config.replay:
             total = round(total * (1 - config.replay_share))
         wanted = mixture.quotas(counts, config.weights or (1.0,), total)
+        if not sum(wanted):
+            raise UsageError(
+                f"no row is left to train on (dropped: {self._drops.words()})",
+                hint="check prepare.contamination, train_rows and replay_share",
+            )
         self._choose(groups, wanted)
         if config.weights:
             self._figures["mixture"] = wanted

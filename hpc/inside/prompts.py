@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.core.errors import UsageError
+from hpc.inside.records import as_text
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Prompt:
 def read(path: Path) -> Iterator[Prompt]:
     """The prompts of a file, in order; UsageError, with the line, for one that cannot be."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path.name} line {number}"
                     yield (
                         Prompt(where, ({"role": "user", "content": line.strip()},))
-                        if path.suffix == ".txt"
+                        if path.suffix.lower() == ".txt"
                         else (_record(line, where))
                     )
     except (OSError, UnicodeDecodeError) as error:
@@ -44,14 +45,16 @@ def _record(line: str, where: str) -> Prompt:
     except ValueError as error:
         raise UsageError(f"{where}: not valid JSON", hint="a line is one object; plain text goes into .txt") from error
     if isinstance(value, dict) and isinstance(value.get("messages"), list):
-        messages = [m for m in value["messages"] if isinstance(m, dict) and isinstance(m.get("content"), str)]
+        messages = [m if isinstance(m, dict) else {} for m in value["messages"]]
         while messages and messages[-1].get("role") != "user":  # what was answered there is not what is asked for
             messages.pop()
         if messages and all(m.get("role") in ("system", "user", "assistant") for m in messages):
-            return Prompt(where, tuple({"role": m["role"], "content": m["content"]} for m in messages))
+            said = (as_text(m.get("content"), f"{where}: 'content'") for m in messages)
+            return Prompt(where, tuple({"role": m["role"], "content": s} for m, s in zip(messages, said, strict=True)))
     elif isinstance(value, dict):
-        parts = [value.get("prompt", value.get("instruction")), value.get("input") or None]
-        text = "\n\n".join(part for part in parts if isinstance(part, str) and part.strip())
+        parts = [value.get("prompt", value.get("instruction")), value.get("input")]
+        texts = [as_text(part, where) for part in parts if part]
+        text = "\n\n".join(part for part in texts if part.strip())
         if text:
             return Prompt(where, ({"role": "user", "content": text},))
     raise UsageError(f"{where}: no prompt in it", hint="expected prompt, or instruction (and input), or messages")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc.core.errors import UsageError
+from hpc.core.errors import HpcError, UsageError
 from hpc.inside import judging, languages, records, sources
 from hpc.inside.drops import Drops
 from hpc.inside.duplicates import Signatures
@@ -57,17 +57,23 @@ class Reader:
         if self.signatures is not None:
             self.signatures.finish()
 
-    def _tasks(self, number: int, path: Path) -> Iterator[tuple[sources.Piece, Format, Rules]]:
+    def _tasks(self, number: int, path: Path) -> Iterator[tuple[sources.Piece, Format, Rules] | HpcError]:
+        """The file's pieces, read ahead. What can't be read is the last task: it may lie behind what is wanted."""
         form = self.form
-        for piece in sources.pieces(path):
-            if form == "auto":  # as the file's first record is, so must be the others
-                form = records.form_of(piece)
-            self.drops.units[number] = piece.unit
-            yield piece, form, self.rules
+        try:
+            for piece in sources.pieces(path):
+                if form == "auto":  # as the file's first record is, so must be the others
+                    form = records.form_of(piece)
+                self.drops.units[number] = piece.unit
+                yield piece, form, self.rules
+        except HpcError as error:
+            yield error
 
     def _take(self, file: int, judged: Judged, left: int | None) -> int | None:
         """Put the first `left` records of a piece into the table; how many may still come."""
         count = len(judged.numbers) if left is None else min(left, len(judged.numbers))
+        if judged.error is not None and (left is None or count < left):
+            raise judged.error
         kept = 0
         for number, reason in zip(judged.numbers[:count], judged.reasons, strict=False):
             if reason:
@@ -82,8 +88,6 @@ class Reader:
         self.seen.languages.update(filter(None, judged.languages[:count]))
         self.seen.unanswered += sum(judged.unanswered[:count])
         self.seen.sample = sorted([*self.seen.sample, *judged.sample])[: judging.SAMPLE]
-        if judged.error is not None and (left is None or count < left):
-            raise judged.error
         return None if left is None else left - count
 
 

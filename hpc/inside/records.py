@@ -38,6 +38,8 @@ _SPEAKER = re.compile(r"###\s*(Human|Assistant):")
 _PAIRS = (("instruction", "input", "output"), ("instruction", "context", "response"), ("prompt", "input", "completion"))
 """Names of question, its material, and answer."""
 _SUMMARISE = "Write a summary of the conversation below."
+_BEFORE = re.compile(r"(?:\s*\n)?(?: (?=\S)| {2,3}(?=\S)(?!.*\n(?:[ \t]*\n)*[ \t]+\S))?")
+"""What does not belong to a text that follows: blank lines, and blanks that are no indent."""
 _NOISE = re.compile(r"https?://\S+|@\w+|\^\S+")
 """Of support chats on Twitter: links, names of accounts, and the agents' initials."""
 
@@ -139,7 +141,7 @@ def _guanaco(value: dict[str, Any], where: str) -> list[Turn]:
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
         raise UsageError(f"{where}: the text does not begin with '### Human:'", hint="mend or delete the record")
-    return [(role.lower(), said.strip()) for role, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [(role.lower(), bare(said)) for role, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _pair(value: dict[str, Any]) -> tuple[str, str, str] | None:
@@ -150,11 +152,21 @@ def _alpaca(value: dict[str, Any], where: str) -> list[Turn]:
     question, material, answer = _pair(value) or _PAIRS[0]
     asked = [_text(value, question, where), _text(value, material, where, missing="")]
     turns = [
+        *history(value, where),
         ("user", "\n\n".join(part for part in asked if part)),
         ("assistant", _text(value, answer, where)),
     ]
     system = _text(value, "system", where, missing="")
     return [("system", system), *turns] if system else turns
+
+
+def history(value: dict[str, Any], where: str) -> list[Turn]:
+    """The turns before the question, which some data sets keep beside it as [question, answer]."""
+    pairs = value.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UsageError(f"{where}: the history is not a list of [question, answer]", hint="mend the record")
+    said = [bare(as_text(part, f"{where}: 'history'")) for pair in pairs for part in pair]
+    return [(("user", "assistant")[i % 2], part) for i, part in enumerate(said)]
 
 
 def _messages(value: dict[str, Any], where: str) -> list[Turn]:
@@ -163,8 +175,10 @@ def _messages(value: dict[str, Any], where: str) -> list[Turn]:
     said = value.get(key)
     if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
         raise UsageError(f"{where}: the {key} are not a list of objects", hint="mend the record")
-    turns = [(_text(turn, role, where), _with_reasoning(turn, _text(turn, content, where), where)) for turn in said]
-    system = _text(value, "system", where, missing="") if sharegpt else ""
+    turns = [
+        (_text(turn, role, where).strip(), _with_reasoning(turn, _text(turn, content, where), where)) for turn in said
+    ]
+    system = _text(value, "system", where, missing="")
     return [("system", system), *turns] if system and (not turns or turns[0][0] != "system") else turns
 
 
@@ -196,7 +210,7 @@ def _tweets(value: dict[str, Any], where: str) -> tuple[str, str]:
         raise UsageError(
             f"{where}: a log without turns, or without a summary people wrote", hint="mend or delete the record"
         ) from error
-    return "\n".join(lines), summary.strip()
+    return as_text("\n".join(lines), f"{where}: 'log'"), as_text(summary.strip(), f"{where}: the summary")
 
 
 def _clean(text: str) -> str:
@@ -213,17 +227,28 @@ _TURNS = {
 
 
 def _text(value: dict[str, Any], key: str, where: str, missing: str | None = None) -> str:
-    text = value.get(key)
-    if text is None and missing is not None:
-        return missing
-    if isinstance(text, list) and text and all(isinstance(p, dict) and p.get("type") == "text" for p in text):
-        text = "".join(str(part.get("text", "")) for part in text)
-    if not isinstance(text, str):
-        raise UsageError(
-            f"{where}: '{key}' must be a text, not {json.dumps(text, default=str)[:40]}", hint="mend the record"
-        )
+    said = value.get(key)
+    return missing if said is None and missing is not None else bare(as_text(said, f"{where}: '{key}'"))
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text, or the parts of one joined; UsageError, with its name, for what is none."""
+    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        value = "".join(str(part.get("text", "")) for part in value)
+    if not isinstance(value, str):
+        raise UsageError(f"{what} must be a text, not {json.dumps(value, default=str)[:40]}", hint="mend the record")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{where}: '{key}' holds half of a \\u surrogate pair", hint="mend the record") from error
-    return text.strip()
+        raise UsageError(f"{what} holds half of a \\u surrogate pair", hint="mend the record") from error
+    return value
+
+
+def bare(said: str) -> str:
+    r"""A text without the blanks around it; an indent belongs to it: four blanks, or two where the next line has some.
+
+    >>> bare("\n  Yes. \n"), bare("\n    x = 1\n"), bare("  if x:\n    y")
+    ('Yes.', '    x = 1', '  if x:\n    y')
+    """
+    before = _BEFORE.match(said)
+    return said[before.end() if before else 0 :].rstrip()

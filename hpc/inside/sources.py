@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,23 @@ class Piece:
     unit: str = "line"
 
 
+class _TwiceError(Exception):
+    """A key of an object is there twice, with two values."""
+
+
+_TWICE = "one of the two would be lost; mend or delete the record"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs) and (twice := next((key for key, value in pairs if made[key] != value), None)):
+        raise _TwiceError(f"the key '{twice}' is there twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def files(path: Path) -> list[Path]:
     """The files of records that a path means: itself, or those in the folder, by name. UsageError for none."""
     if not path.is_dir():
@@ -63,14 +81,14 @@ def files(path: Path) -> list[Path]:
 def pieces(path: Path, limit: int | None = None) -> Iterator[Piece]:
     """The file in pieces, in order. `limit`: only about the first so many bytes of text, whole records."""
     try:
-        if path.suffix in _COLUMNAR:
-            yield from _rows(path, path.suffix)
+        if kind := columnar(path):
+            yield from _rows(path, kind)
             return
         with _opened(path) as file:
             head = file.read(_PIECE).removeprefix(_BOM).lstrip()
         with _opened(path) as file:
             yield from (_array if head.startswith(b"[") else _lines)(file, path.name, limit)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(
             f"cannot read {path}: {said}", hint="check the path, its rights, and that it is whole"
@@ -88,7 +106,9 @@ def values(piece: Piece) -> Iterator[tuple[int, Any]]:
         if not text:
             continue
         try:
-            yield number, json.loads(text)
+            yield number, _DECODER.decode(text)
+        except _TwiceError as error:
+            raise UsageError(f"{where}: {error}", hint=_TWICE) from error
         except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{where}: not valid JSON",
@@ -96,9 +116,14 @@ def values(piece: Piece) -> Iterator[tuple[int, Any]]:
             ) from error
 
 
+def columnar(path: Path) -> str:
+    """Parquet or Arrow, or "" for a file of text."""
+    return _COLUMNAR.get(path.suffix.lower(), "")
+
+
 def looks_whole(path: Path) -> None:
     """UsageError where a Parquet or Arrow file is cut off, by its first and last bytes. Standard library."""
-    kind = _COLUMNAR[path.suffix]
+    kind = columnar(path)
     with open(path, "rb") as file:
         head = file.read(8)
         file.seek(-min(8, path.stat().st_size), 2)
@@ -109,7 +134,7 @@ def looks_whole(path: Path) -> None:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
 def _lines(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:
@@ -126,7 +151,7 @@ def _lines(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:
 
 def _array(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:  # noqa: PLR0915
     """The items of one JSON array, decoded one by one, so that an error has a line and memory does not grow."""
-    decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     text, at, line, taken, ended = "", 0, 1, 0, False
     found: list[tuple[int, Any]] = []
     held = 0
@@ -161,8 +186,10 @@ def _array(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:  #
             break
         while True:
             try:
-                value, end = parser.raw_decode(text, at)
+                value, end = _DECODER.raw_decode(text, at)
                 break
+            except _TwiceError as error:
+                raise UsageError(f"{where}: {error}", hint=_TWICE) from error
             except (ValueError, RecursionError) as error:
                 if not sign or len(text) - at > _LONGEST or not more():
                     raise UsageError(f"{where}: not valid JSON", hint="mend the array near this line") from error
@@ -184,7 +211,7 @@ def _array(file: IO[bytes], name: str, limit: int | None) -> Iterator[Piece]:  #
         raise UsageError(f"{name}: text follows the JSON array", hint="a file is one array, or one object a line")
 
 
-def _rows(path: Path, suffix: str) -> Iterator[Piece]:
+def _rows(path: Path, kind: str) -> Iterator[Piece]:
     """The rows of a Parquet or Arrow file."""
     import pyarrow
     from pyarrow import ipc, parquet
@@ -193,7 +220,7 @@ def _rows(path: Path, suffix: str) -> Iterator[Piece]:
     try:
         # read, and not mapped: mapped pages count as memory of ours
         with pyarrow.OSFile(str(path)) as file:
-            if suffix == ".parquet":
+            if kind == "Parquet":
                 batches = parquet.ParquetFile(file).iter_batches(_BATCH)
             else:
                 stream = file.read(6) != b"ARROW1"
@@ -202,7 +229,7 @@ def _rows(path: Path, suffix: str) -> Iterator[Piece]:
                 batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
             for batch in batches:
                 for start in range(0, batch.num_rows, _BATCH):
-                    found = batch.slice(start, _BATCH).to_pylist()
+                    found = _taken(batch.slice(start, _BATCH), path.name, row)
                     yield Piece(path.name, row, values=list(enumerate(found, row)), unit="row")
                     row += len(found)
     except (pyarrow.ArrowException, OSError) as error:
@@ -210,6 +237,16 @@ def _rows(path: Path, suffix: str) -> Iterator[Piece]:
         raise UsageError(
             f"{path} row {row}: cannot be read: {said}", hint="was the download or copy complete?"
         ) from error
+
+
+def _taken(batch: Any, name: str, row: int) -> list[Any]:
+    """The rows of a batch, whose first has this number."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            raise UsageError(f"{name} row {row}: not UTF-8 text", hint="write the file anew from UTF-8 text") from error
+        return [value for at in range(batch.num_rows) for value in _taken(batch.slice(at, 1), name, row + at)]
 
 
 def _utf8(data: bytes, where: str) -> str:

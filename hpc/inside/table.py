@@ -18,7 +18,7 @@ _FIELDS = [
     ("offset", "<u8"),
     ("length", "<u4"),
     ("number", "<u8"),
-    ("file", "<u2"),
+    ("file", "<u4"),
     ("rank", "<u8"),
     ("digest", "<u8"),
 ]

@@ -114,9 +114,21 @@ def test_reasoning_is_kept_stripped_or_required() -> None:
     assert families.think(THOUGHT, "keep") == THOUGHT
     assert families.think(THOUGHT, "strip") == PAIR
     assert families.think(THOUGHT, "require") == THOUGHT
-    assert families.think(PAIR, "require") is None
+    assert families.think(PAIR, "require") == "no reasoning"
     empty = [PAIR[0], {"role": "assistant", "content": "<think>\n\n</think>\n\nA"}]
-    assert families.think(empty, "require") is None, "no reasoning is in it"
+    assert families.think(empty, "require") == "no reasoning", "none is in it"
+
+
+def test_reasoning_that_a_template_opened_or_that_has_no_end() -> None:
+    opened = [PAIR[0], {"role": "assistant", "content": "\nhm\n</think>\n\nA"}]
+    assert families.think(opened, "keep") == opened
+    assert families.think(opened, "strip") == PAIR
+    assert families.think(opened, "require") == THOUGHT, "with its tag, as the model began"
+    assert families.lost(opened, "A") == ("reasoning",)
+    code = {"role": "assistant", "content": "<think>hm</think>\n\n    x = 1\n    return x"}
+    assert families.think([PAIR[0], code], "strip")[1]["content"] == "    x = 1\n    return x"  # type: ignore[index]
+    for text, reason in (("<think>hm</think>", "empty turn"), ("<think>hm", "reasoning without an end")):
+        assert families.think([PAIR[0], {"role": "assistant", "content": text}], "strip") == reason
 
 
 def test_a_system_message_is_kept_folded_or_dropped() -> None:

@@ -46,6 +46,13 @@ def test_a_system_turn_and_earlier_turns_belong_to_the_prompt() -> None:
     assert [message["role"] for message in found.prompt] == ["system", "user", "assistant", "user"]
 
 
+def test_an_indent_and_the_history_are_kept() -> None:
+    value = {"system": "S", "instruction": "Q", "history": [["a", "b"]], "chosen": "    x\n", "rejected": [said("x")]}
+    found = pair(value, "x")
+    assert [message["content"] for message in found.prompt] == ["S", "a", "b", "Q"]
+    assert (found.chosen, found.rejected) == ("    x", "x")
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -66,6 +73,10 @@ def test_what_teaches_nothing_is_left_out_by_name(value: dict[str, Any], reason:
         ({"prompt": "Why?", "chosen": "So."}, "a line 1: no preference in it"),
         ({"prompt": "Why?", "chosen": [ASKED], "rejected": "x"}, "'chosen' does not end with the assistant's turn"),
         ({"prompt": "W?", "chosen": [ASKED, said("a")], "rejected": "x"}, "'chosen' answers another conversation"),
+        ({"prompt": "Why?", "chosen": b"x", "rejected": "x"}, "'chosen': \"b'x'\" is no message"),
+        ({"prompt": "Why?", "chosen": "x\ud800", "rejected": "x"}, "'chosen' holds half of a"),
+        ({"prompt": "Why?", "chosen": [said("\ud800")], "rejected": "x"}, "'chosen' holds half of a"),
+        ({"instruction": ["Why?"], "chosen": "x", "rejected": "y"}, "'instruction' must be a text"),
         ({"prompt": "Why?", "chosen": 3, "rejected": "x"}, "'chosen': 3 is no message"),
         ({"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"}, "'prompt': "),
     ],

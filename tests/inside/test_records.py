@@ -104,6 +104,27 @@ def test_sharegpt_keeps_its_system_message_beside_the_turns(tmp_path: Path) -> N
     assert said(row) == [("system", "S"), *PAIR]
 
 
+def test_messages_keep_a_system_message_and_a_question_its_history(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in PAIR]
+    (row,) = rows(tmp_path, {"messages": turns, "system": "S"})
+    assert said(row) == [("system", "S"), *PAIR]
+    (row,) = rows(tmp_path, {"system": "S", "instruction": "Q2", "output": "A2", "history": [["Q1", "A1"]]})
+    assert said(row) == [("system", "S"), *PAIR, ("user", "Q2"), ("assistant", "A2")]
+
+
+def test_an_indent_belongs_to_the_text(tmp_path: Path) -> None:
+    code = "    x = 1\n    return x"
+    (tmp_path / "twice.jsonl").write_text('{"instruction": "Q", "output": "A", "id": 1, "id": 1}')
+    assert len(list(records.read(tmp_path / "twice.jsonl"))) == 1, "the same twice loses nothing"
+    for value in (
+        {"instruction": " Q", "output": f"\n\n{code}\n"},
+        {"text": f"### Human: Q### Assistant:\n{code}\n"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": " assistant", "content": code}]},
+    ):
+        (row,) = rows(tmp_path, value)
+        assert said(row) == [("user", "Q"), ("assistant", code)]
+
+
 def test_reasoning_beside_an_answer_goes_before_it(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}]
     (row,) = rows(tmp_path, {"messages": turns})
@@ -129,8 +150,10 @@ def test_a_gzipped_file_reads_like_the_plain_one(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 3))
     assert [row.number for row in records.read(tmp_path / "a.jsonl.gz")] == [1, 2, 3]
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(line * 3)[:-9])
-    with pytest.raises(UsageError, match="cannot read"):
-        list(records.read(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "wrong.jsonl.GZ").write_bytes(gzip.compress(line * 3)[:20] + b"\xff" * 20)
+    for name in ("cut.jsonl.gz", "wrong.jsonl.GZ"):
+        with pytest.raises(UsageError, match="cannot read"):
+            list(records.read(tmp_path / name))
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +191,30 @@ def test_parquet_and_arrow_read_like_lines(tmp_path: Path) -> None:
         found = list(records.read(path))
         assert [said(row) for row in found] == [PAIR, PAIR, PAIR, []]
         assert (found[3].where, found[3].dropped) == (f"{path.name} row 4", "no answer")
+    (tmp_path / "a.parquet").rename(tmp_path / "A.PARQUET")
+    assert len(list(records.read(tmp_path / "A.PARQUET"))) == 4
+    (tmp_path / "A.PARQUET").rename(tmp_path / "a.parquet")
     os.truncate(tmp_path / "a.parquet", 200)
     with pytest.raises(UsageError, match="is not a whole Parquet file"):
         sources.looks_whole(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet row 1: cannot be read"):
         list(records.read(tmp_path / "a.parquet"))
+
+
+@pytest.mark.train
+def test_a_text_of_a_table_that_is_none_is_named(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    said = pyarrow.array([b"A", b"B", b"\xe4", b"D"])
+    for name, column, message in (
+        ("a", pyarrow.Array.from_buffers(pyarrow.string(), 4, said.buffers()), "a.parquet row 3: not UTF-8 text"),
+        ("b", said, "b.parquet row 1: 'output' must be a text"),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table({"instruction": ["Q"] * 4, "output": column}), path)
+        with pytest.raises(UsageError, match=message):
+            list(records.read(path))
 
 
 def test_a_json_array_reads_like_lines(tmp_path: Path) -> None:
@@ -209,6 +251,10 @@ GOOD = b'{"instruction": "Q", "output": "A"}\n'
         (GOOD + b'{"instruction": "Q"}', "data.jsonl line 2: 'output' must be a text, not null"),
         (GOOD + b'{"instruction": "\\ud800", "output": "A"}', "half of a"),
         (b'{"question": "Q", "answer": "A"}', "data.jsonl line 1: unknown form of record, with the keys answer, q"),
+        (GOOD + b'{"instruction": "Q", "output": "A", "output": "B"}', "line 2: the key 'output' is there twice"),
+        (b"[" + GOOD + b',{"instruction": "Q", "output": "A", "output": "B"}', "line 2: the key 'output' is there"),
+        (GOOD + b'{"instruction": "Q", "output": "A", "history": "Q"}', "line 2: the history is not a list of"),
+        (b'{"log": [], "original dialog info": {"summaries": {"abstractive_summaries": [["\\ud800"]]}}}', "half of"),
         (b'{"messages": "Q"}', "the messages are not a list"),
         (b'{"text": "intro ### Human: Q### Assistant: A"}', "does not begin with '### Human:'"),
         (b"[" + GOOD.strip() + b",\n{]", "data.jsonl line 2: not valid JSON"),

@@ -139,6 +139,8 @@ def test_the_same_answers_make_the_same_bytes_in_whatever_order_they_come(
         ("As an AI, I", "stop", {"without": ("(?i)as an ai",)}, "without: (?i)as an ai"),
         ("the wall", "stop", {}, "the prompt itself"),
         ("<think>only a thought</think>", "stop", {"thoughts": "strip"}, "empty"),
+        ("<think>a thought", "stop", {"thoughts": "strip"}, "empty"),
+        ("a thought\n</think>\n\n", "stop", {"thoughts": "strip"}, "empty"),
     ],
 )
 def test_what_is_left_out_is_kept_apart_with_its_reason(
@@ -250,6 +252,9 @@ def test_a_service_that_stays_away_and_a_wrong_token_are_said(
     [
         ("a.txt", "one\n\n  two \n", ["one", "two"]),
         ("a.jsonl", '{"prompt": "one"}\n{"instruction": "sum", "input": "1 2"}', ["one", "sum\n\n1 2"]),
+        ("a.TXT", "\ufeffone\n", ["one"]),
+        ("a.jsonl", '\ufeff{"prompt": "one"}', ["one"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}]}', ["q"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', ["q"]),
     ],
 )
@@ -263,6 +268,7 @@ def test_prompts_are_read(tmp_path: Path, name: str, text: str, found: list[str]
     [
         ("{", {}, "a.jsonl line 1: not valid JSON"),
         ('{"text": "x"}', {}, "a.jsonl line 1: no prompt in it"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', {}, "line 1: 'content' must be a text"),
         ("", {}, "holds no prompt"),
         (None, {}, "cannot read"),
         ('{"prompt": "x"}', {"template": "hello"}, "template lacks {prompt}"),

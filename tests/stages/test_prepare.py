@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_check_passes_on_good_data(tmp_path: Path) -> None:
         ('{"instruction": "Q", "output": "A"}', {"languages": ("zh",), "detector": "langdetect"}, "'zh' is not known"),
         ('{"instruction": "Q", "output": "A"}', {"weights": (1.0, 2.0)}, "2 values for 1 entries"),
         ('{"instruction": "Q", "output": "A"}', {"near_duplicates": 1.0}, "between 0 and 1"),
+        ('{"instruction": "Q", "output": "A"}', {"near_duplicates": 0.4}, "must be 0.5 or more"),
         ('{"instruction": "Q", "output": "A"}', {"train_rows": 0}, "1 or more"),
     ],
 )
@@ -194,6 +196,38 @@ def test_every_dropped_record_is_named_with_its_reason(tmp_path: Path, run_stage
 
 
 @pytest.mark.train
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.9])
+def test_rows_just_above_the_threshold_are_found(tmp_path: Path, threshold: float) -> None:
+    from hpc.inside import duplicates, judging, parallel, table
+
+    draw, rows = random.Random(0), table.Table(tmp_path)
+    found = duplicates.Signatures(tmp_path, threshold)
+    changed = int(198 * (1 - threshold - 0.01) / (1 + threshold + 0.01))
+    texts = []
+    for _ in range(400):
+        words = [f"w{draw.randrange(5000)}" for _ in range(200)]
+        texts += [words, [*words[changed:], *(f"x{draw.randrange(5000)}" for _ in range(changed))]]
+    said = [judging.line([{"role": "user", "content": " ".join(words)}]) for words in texts]
+    rows.add(0, said, range(len(said)), range(len(said)), range(len(said)))
+    found.add(duplicates.signatures(texts, threshold), len(texts))
+    rows.finish()
+    found.finish()
+    with parallel.Workers(1) as workers:
+        pairs = set(duplicates.near(rows, found, workers))
+    assert len(pairs & {(row + 1, row) for row in range(0, 800, 2)}) >= 399
+
+
+@pytest.mark.train
+def test_a_row_knows_its_file_among_very_many(tmp_path: Path) -> None:
+    from hpc.inside.table import Table
+
+    rows = Table(tmp_path)
+    rows.add(70_000, [b"{}\n"], [1], [0], [0])
+    rows.finish()
+    assert rows.record(0)["file"] == 70_000
+
+
+@pytest.mark.train
 def test_the_bytes_do_not_tell_how_many_cores_there_were(
     tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
@@ -223,6 +257,24 @@ def test_the_bytes_do_not_tell_how_many_cores_there_were(
 
 
 @pytest.mark.train
+def test_a_fault_behind_what_is_wanted_is_none_on_any_number_of_cores(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.inside import preparing, sources
+
+    for module, name in ((sources, "_PIECE"), (preparing, "_FOR_EACH")):
+        monkeypatch.setattr(module, name, 1024)
+    array = json.dumps([{"instruction": q, "output": a} for q, a in pairs(60)], indent=0)
+    (tmp_path / "a.json").write_text(array[:-200])
+    config = {"data": (str(tmp_path / "a.json"),), "near_duplicates": None}
+    for cores in (1, 2):
+        monkeypatch.setattr(preparing, "cores", lambda cores=cores: cores)
+        assert run_stage("prepare", folder=f"few-{cores}", max_samples=20, **config).code == 0
+        broken = run_stage("prepare", folder=f"all-{cores}", **config)
+        assert (broken.code, "not valid JSON" in broken.error["cause"]) == (2, True)
+
+
+@pytest.mark.train
 def test_held_out_files_are_never_trained_on(tmp_path: Path, run_stage: RunStage) -> None:
     held = [(f"Held {i}?", f"{ENGLISH} held {i}") for i in range(3)]
     data, evaluation = write(tmp_path / "a.jsonl", *pairs(5), held[1]), write(tmp_path / "eval.jsonl", *held)
@@ -239,13 +291,19 @@ def test_rows_that_share_text_with_held_out_ones(tmp_path: Path, run_stage: RunS
     fixed = "Please answer the following question as well as you can and in one single sentence only:"
     good = [(f"{fixed} {i}?", f"Answer {i}.") for i in range(20)]
     data = write(tmp_path / "a.jsonl", *good, ("Leak?", f"Before. {text[:200].upper()} after."))
-    config = {"data": (data,), "eval_data": (write(tmp_path / "e.jsonl", ("E?", text), (f"{fixed} 99?", "Answer.")),)}
+    held_out = [("E?", text), (f"{fixed} 98?", "Answer."), (f"{fixed} 99?", "Answer.")]
+    config = {"data": (data,), "eval_data": (write(tmp_path / "e.jsonl", *held_out),)}
     told = run_stage("prepare", **config)
-    assert (told.metrics["contaminated"], told.metrics["train"]) == (1, 21), "a phrase of many rows counts for nothing"
+    assert (told.metrics["contaminated"], told.metrics["share_phrases"]) == (1, 20), "a phrase of both is told apart"
+    assert told.metrics["train"] == 21
     fewer = run_stage("prepare", folder="drop", contamination="drop", **config)
     assert dropped(fewer) == {"a.jsonl line 21": "shares text with held-out rows"}
     refused = run_stage("prepare", folder="refuse", contamination="refuse", **config)
     assert (refused.code, refused.error["cause"][:31]) == (6, "a.jsonl line 21 shares 13 words")
+    many = [(f"Leak {i}? {text}", f"{'x' * i}.") for i in range(1, 13)]
+    often = {**config, "data": (write(tmp_path / "b.jsonl", *many),), "near_duplicates": None}
+    told = run_stage("prepare", folder="often", **often)
+    assert told.metrics["contaminated"] == 12, "a question that many repeat is no phrase"
 
 
 @pytest.mark.train
@@ -258,6 +316,24 @@ def test_a_mixture_with_weights_and_older_data(tmp_path: Path, run_stage: RunSta
     assert (result.metrics["mixture"], result.metrics["replayed"]) == ([40, 13], 13)
     less = run_stage("prepare", folder="less", train_rows=20, **config)
     assert (less.metrics["mixture"], less.metrics["replayed"], less.metrics["train"]) == ([12, 4], 4, 20)
+
+
+@pytest.mark.train
+def test_a_mixture_without_rows_to_train_on_is_refused(tmp_path: Path, run_stage: RunStage) -> None:
+    full, held_out = write(tmp_path / "a.jsonl", *pairs(8)), write(tmp_path / "e.jsonl", ("Held out?", ENGLISH))
+    hollow = write(tmp_path / "b.jsonl", ("x", ""), ("y", ""))
+    for number, (config, cause) in enumerate(
+        (
+            ({"data": (full, hollow), "weights": (1.0, 1.0)}, "b.jsonl is left to mix (dropped: 2 no answer)"),
+            (
+                {"data": (full,), "eval_data": (held_out,), "contamination": "drop"},
+                "no row is left to train on (dropped: 8 shares text with held-out rows)",
+            ),
+            ({"data": (full,), "train_rows": 1, "replay": (held_out,), "replay_share": 0.6}, "no row is left"),
+        )
+    ):
+        result = run_stage("prepare", folder=str(number), **config)
+        assert (result.code, cause in result.error["cause"]) == (2, True), result.error
 
 
 @pytest.mark.train
