@@ -225,6 +225,8 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
     talks = conversations.read(Path(ctx.inputs["dataset"]), part)
     rows, counts = conversations.rows(talks, tokenizer, config.max_length, completion_only=config.completion_only_loss)
     ctx.metric(**{f"{part}_{name}": count for name, count in counts.items()})
+    if part == "train" and (told := conversations.told(counts["template_loses"], "finetune")):
+        ctx.remark("; ".join(told))
     if part == "train" and not rows:
         raise UsageError(
             f"no row of the data set has an answer within {config.max_length} tokens",

@@ -244,13 +244,19 @@ def test_a_compiled_training_learns_the_same_and_saves_plain_names(
 
 
 @pytest.mark.train
-def test_the_template_of_the_data_goes_with_the_adapter(
+def test_the_template_of_the_data_goes_with_the_adapter_and_what_it_loses_is_told(
     run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(dataset, tmp_path / "data")
-    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    text = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     (data / "chat_template.jinja").write_text(text)
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
     result = run_stage("finetune", inputs(tiny_model, data), **{**SMALL, "max_steps": 1})
+    assert (result.metrics["train_template_loses"], result.metrics["eval_template_loses"]) == ({"system": 1}, {})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert remark.startswith("the chat template loses the system message of 1 rows: set finetune.chat_template")
     assert (result.out("adapter") / "chat_template.jinja").read_text() == text
     merged = run_stage("merge", {"adapter": result.out("adapter"), "base_model": tiny_model})
     assert (merged.out("model") / "chat_template.jinja").read_text() == text
