@@ -212,14 +212,13 @@ def _arguments(config: AlignConfig, dtype: str, ctx: Context) -> Mapping[str, An
 
 def _train(trainer: Any, ctx: Context) -> bool:
     """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
-    from hpc.inside import heldout, models, together
+    from hpc.inside import heldout, together, trainers
 
-    resumed = next(iter(models.checkpoints(ctx.checkpoints)), None)
+    resumed = trainers.resumed(ctx.checkpoints)
     try:
         if together.any_of(ctx.stopping()):
             return False
-        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        seconds = result.metrics["train_runtime"]  # of this attempt
+        seconds = trainers.train(trainer, resumed)  # of this attempt
         if trainer.state.global_step < trainer.state.max_steps:
             return False
         if trainer.eval_dataset is not None:

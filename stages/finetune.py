@@ -264,7 +264,7 @@ def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
     if together.any_of(ctx.stopping()):
         return False
     batches.tokens = 0
-    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    seconds = trainers.train(trainer, resumed)  # of this attempt
     if trainer.state.global_step < trainer.state.max_steps:
         return False
     losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
@@ -273,8 +273,8 @@ def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
     ctx.metric(trainable_parameters=trainable, resumed_from=resumed.name if resumed else None)
     if losses:
         ctx.metric(train_loss=sum(losses) / len(losses))
-    seconds, tokens = result.metrics["train_runtime"], batches.tokens * together.world()  # of this attempt
-    ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
+    tokens = batches.tokens * together.world()
+    ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0)
     return True
 
 

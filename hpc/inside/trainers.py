@@ -160,6 +160,20 @@ def resumed(folder: Path) -> Path | None:
     return folder / f"checkpoint-{step}" if step else None
 
 
+class DoneError(Exception):
+    """The checkpoint to go on from is that of the last step."""
+
+
+def train(trainer: Any, resumed: Path | None) -> float:
+    """Train on from the checkpoint; in how many seconds: none where it was that of the last step."""
+    try:
+        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    except DoneError:
+        trainer.is_in_train = False
+        return 0.0
+    return float(result.metrics["train_runtime"])
+
+
 def _publish(folder: Path, step: int, keep: int) -> None:
     """Let a written checkpoint appear, whole and on the disk, and take away the oldest."""
     name = f"checkpoint-{step}"

@@ -131,3 +131,23 @@ def test_a_stop_and_a_resume_give_the_losses_of_an_uninterrupted_run(
     assert parts.code == 0, parts.error
     assert parts.metrics["resumed_from"] == "checkpoint-5"  # the step after the signal
     assert parts.metrics["losses"] == pytest.approx(whole.metrics["losses"], abs=1e-4)
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_stop_after_the_last_step_trains_no_further(
+    run_stage: RunStage,
+    stop_after: Callable[[int], None],
+    tiny_model: Path,
+    pairs: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {**SMALL, "max_steps": 3}  # of four steps of an epoch
+    stop_after(3)
+    assert run_stage("align", {"base_model": tiny_model}, pairs=(pairs,), **config).code == STOPPED
+    monkeypatch.undo()
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(pairs,), **config)
+    assert result.code == 0, result.error
+    assert (result.metrics["resumed_from"], result.metrics["steps"]) == ("checkpoint-3", 3)
+    assert len(result.metrics["losses"]) == 3
+    assert result.metrics["eval_preferred"] > 0.5

@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
         assert resumed.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5)
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_stop_at_the_last_step_loses_nothing(
     run_stage: RunStage,
@@ -119,12 +120,20 @@ def test_a_stop_at_the_last_step_loses_nothing(
     stop_after: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stop_after(8)
-    assert run_stage("finetune", inputs(tiny_model, dataset), **SMALL).code == STOPPED
+    stop_after(8)  # the second of six steps of an epoch
+    stopped = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
+    assert stopped.code == STOPPED
     monkeypatch.undo()
     result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
     assert (result.code, result.metrics["resumed_from"]) == (0, "checkpoint-8")
-    assert result.out("adapter").is_dir()
+    state = json.loads((result.folder / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    losses = [round(entry["loss"], 5) for entry in state["log_history"]]
+    assert (result.metrics["steps"], result.metrics["losses"]) == (8, losses)
+    saved = [
+        folder / "adapter_model.safetensors"
+        for folder in (result.out("adapter"), result.folder / "checkpoints" / "checkpoint-8")
+    ]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 @pytest.mark.train
