@@ -169,18 +169,24 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
     from hpc.inside import conversations, preferences
 
     dropped: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     kept: Rows = []
+    cut = 0
     for pair in (pair for path in config.pairs for pair in preferences.read(Path(path))):
-        reason = pair.dropped
+        said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
+        row = {"prompt": [*pair.prompt], **said}
+        reason, longest = pair.dropped, 0
         if not reason:
-            asked = conversations.encode([*pair.prompt], tokenizer)["input_ids"]
-            reason = "prompt too long" if len(asked) >= config.max_length else ""
+            asked, longest = _lengths(row, tokenizer, lost)
+            reason = "prompt too long" if asked >= config.max_length else ""
         if reason:
             dropped[reason] += 1
             continue
-        said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
-        kept.append({"prompt": [*pair.prompt], **said})
-    ctx.metric(pairs=len(kept), dropped=dict(dropped.most_common()))
+        cut += longest > config.max_length
+        kept.append(row)
+    ctx.metric(pairs=len(kept), cut=cut, template_loses=dict(lost), dropped=dict(dropped.most_common()))
+    if told := conversations.told(lost, "align"):
+        ctx.remark("; ".join(told))
     if not kept:
         raise UsageError(
             f"no pair is left to learn from: {dropped.most_common(1)[0][0]}",
@@ -190,6 +196,21 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
     held = min(round(len(kept) * config.eval_share), len(kept) - 1)
     ctx.metric(train_pairs=len(kept) - held, eval_pairs=held)
     return {"train": kept[held:], "eval": kept[:held]}
+
+
+def _lengths(row: dict[str, list[dict[str, str]]], tokenizer: Any, lost: Counter[str]) -> tuple[int, int]:
+    """Tokens of a pair's prompt, and those with the longer answer; what the template loses is counted in `lost`."""
+    from hpc.inside import conversations
+
+    loses: Counter[str] = Counter()
+    asked = row["prompt"]
+    whole = [
+        len(conversations.encode([*asked, *row[name]], tokenizer, loses, completion_only=False)["input_ids"])
+        for name in ("chosen", "rejected")
+    ]
+    lost.update(loses.keys())
+    begin = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return len(begin), max(whole)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

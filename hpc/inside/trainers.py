@@ -27,6 +27,8 @@ def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
     if "train_sampling_strategy" not in known:  # transformers 4
         values["group_by_length"] = values.pop("train_sampling_strategy", "") == "group_by_length"
         values["warmup_ratio"] = values.pop("warmup_steps")
+    if "max_prompt_length" in known:  # trl below 1 would cut the beginning of a prompt, and of what is too long
+        values.update(max_prompt_length=None, truncation_mode="keep_start")
     return made(**values)
 
 

@@ -106,6 +106,33 @@ def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_long_prompt_stays_whole_and_what_is_cut_or_lost_is_counted(
+    run_stage: RunStage, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "BEGIN" + "p" * 530, "chosen": said, "rejected": "bad"} for said in ("a", "b" * 200)]
+    rows += [{"prompt": "r" * 530, "chosen": "<think>because</think>a", "rejected": "b"}]
+    rows += [{"prompt": "s" * 625, "chosen": "a", "rejected": "b"}]  # too long with what asks for the answer
+    path, template = tmp_path / "pairs.jsonl", tmp_path / "template.jinja"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template.write_text(tiny.TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]"))
+    trained: list[Any] = []
+    save = align._save
+    monkeypatch.setattr(align, "_save", lambda trainer, *a, **o: (trained.append(trainer), save(trainer, *a, **o)))
+    config = {**SMALL, "max_length": 640, "max_steps": 1, "eval_share": 0.0, "chat_template": str(template)}
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(str(path),), **config)
+    assert result.code == 0, result.error
+    assert (result.metrics["pairs"], result.metrics["dropped"]) == (3, {"prompt too long": 1})
+    assert (result.metrics["cut"], result.metrics["template_loses"]) == (1, {"reasoning": 1})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert "loses the reasoning of 1 rows: set align.chat_template" in remark
+    (trainer,) = trained
+    (asked,) = {"prompt_ids", "prompt_input_ids"} & set(trainer.train_dataset.column_names)
+    assert sorted(map(len, trainer.train_dataset[asked])) == [549, 554, 554]
+    assert trainer.args.truncation_mode == "keep_start"
+
+
 @pytest.mark.train
 @pytest.mark.parametrize("go_on", [False, True])
 def test_a_stop_and_a_resume_give_the_losses_of_an_uninterrupted_run(
