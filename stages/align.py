@@ -8,10 +8,12 @@ the loss it tells how often a held-out pair's preferred answer gained on the oth
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +72,7 @@ class AlignConfig:
     max_length: int = 1024
     """Tokens of prompt and answer; longer answers are cut, and a pair whose prompt alone is longer is left out."""
     eval_share: float = 0.05
-    """Share of the pairs that are held out, 0 to below 1."""
+    """Share of the prompts whose pairs are held out, 0 to below 1."""
     optim: str = "adamw_torch"
     """Optimizer by transformers' name."""
     weight_decay: float = 0.0
@@ -170,12 +172,15 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
 
     dropped: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    kept: Rows = []
+    by_prompt: dict[str, Rows] = {}
+    seen: set[str] = set()
     cut = 0
     for pair in (pair for path in config.pairs for pair in preferences.read(Path(path))):
         said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
         row = {"prompt": [*pair.prompt], **said}
-        reason, longest = pair.dropped, 0
+        text, longest = json.dumps(row), 0
+        reason = pair.dropped or ("repeated" if text in seen else "")
+        seen.add(text)
         if not reason:
             asked, longest = _lengths(row, tokenizer, lost)
             reason = "prompt too long" if asked >= config.max_length else ""
@@ -183,19 +188,22 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
             dropped[reason] += 1
             continue
         cut += longest > config.max_length
-        kept.append(row)
-    ctx.metric(pairs=len(kept), cut=cut, template_loses=dict(lost), dropped=dict(dropped.most_common()))
+        by_prompt.setdefault(json.dumps(pair.prompt), []).append(row)
+    ctx.metric(pairs=sum(map(len, by_prompt.values())), cut=cut, dropped=dict(dropped.most_common()))
+    ctx.metric(template_loses=dict(lost))
     if told := conversations.told(lost, "align"):
         ctx.remark("; ".join(told))
-    if not kept:
+    if not by_prompt:
         raise UsageError(
             f"no pair is left to learn from: {dropped.most_common(1)[0][0]}",
             hint="raise align.max_length, or mend the data",
         )
-    random.Random(config.seed).shuffle(kept)
-    held = min(round(len(kept) * config.eval_share), len(kept) - 1)
-    ctx.metric(train_pairs=len(kept) - held, eval_pairs=held)
-    return {"train": kept[held:], "eval": kept[:held]}
+    groups = list(by_prompt.values())  # one prompt's pairs stay on one side
+    random.Random(config.seed).shuffle(groups)
+    held = min(round(len(groups) * config.eval_share), len(groups) - 1)
+    parts = {"train": list(chain(*groups[held:])), "eval": list(chain(*groups[:held]))}
+    ctx.metric(**{f"{part}_pairs": len(rows) for part, rows in parts.items()})
+    return parts
 
 
 def _lengths(row: dict[str, list[dict[str, str]]], tokenizer: Any, lost: Counter[str]) -> tuple[int, int]:

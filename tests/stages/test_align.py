@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +105,21 @@ def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     assert not (result.out("adapter") / "ref").exists()
     assert (result.out("adapter") / "chat_template.jinja").read_text() == template
     assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
+
+
+@pytest.mark.train
+def test_a_prompt_is_held_out_with_all_its_pairs_and_repeats_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    from hpc.inside import models
+
+    pairs = [{"prompt": f"{i}?", "chosen": f"yes {n % 3}", "rejected": "no"} for n in range(4) for i in range(10)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    metrics: dict[str, Any] = {}
+    ctx: Any = SimpleNamespace(metric=lambda **found: metrics.update(found))
+    parts = align._rows(models.tokenizer(tiny_model), align.AlignConfig(pairs=(str(path),), eval_share=0.2), ctx)
+    assert (metrics["train_pairs"], metrics["eval_pairs"], metrics["dropped"]) == (24, 6, {"repeated": 10})
+    train, held = ({row["prompt"][0]["content"] for row in parts[part]} for part in ("train", "eval"))
+    assert (len(train), len(held), train & held) == (8, 2, set())
 
 
 @pytest.mark.generations
