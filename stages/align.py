@@ -225,17 +225,22 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     """The model with an adapter to go on with. TRL copies it, and what the copy says is the reference."""
     from peft import PeftModel
 
-    from hpc.inside import adapters
+    from hpc.inside import adapters, trainers
 
     adapters.read(adapter)  # refused where it is none, or a pickle
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    made = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    if "ref_adapter_name" in trainers.fields("DPOConfig"):  # trl below 1 makes no copy
+        made.load_adapter(str(adapter), trainers.REFERENCE)
+    return made
 
 
 def _arguments(config: AlignConfig, dtype: str, ctx: Context) -> Mapping[str, Any]:
     """DPOConfig's values."""
-    from hpc.inside import recipe
+    from hpc.inside import recipe, trainers
 
-    own = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    own: dict[str, Any] = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    if "adapter" in ctx.inputs and "ref_adapter_name" in trainers.fields("DPOConfig"):
+        own["ref_adapter_name"] = trainers.REFERENCE
     return {**recipe.common(config, dtype, ctx), **own}
 
 

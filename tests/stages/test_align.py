@@ -84,6 +84,7 @@ def test_held_out_pairs_are_told_apart_and_the_adapter_can_be_merged(
     assert merged.code == 0, merged.error
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     run_stage: RunStage, tiny_model: Path, pairs: str, dataset: Path, tmp_path: Path
