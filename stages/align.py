@@ -8,10 +8,12 @@ the loss it tells how often a held-out pair's preferred answer gained on the oth
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +72,7 @@ class AlignConfig:
     max_length: int = 1024
     """Tokens of prompt and answer; longer answers are cut, and a pair whose prompt alone is longer is left out."""
     eval_share: float = 0.05
-    """Share of the pairs that are held out, 0 to below 1."""
+    """Share of the prompts whose pairs are held out, 0 to below 1."""
     optim: str = "adamw_torch"
     """Optimizer by transformers' name."""
     weight_decay: float = 0.0
@@ -169,57 +171,88 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
     from hpc.inside import conversations, preferences
 
     dropped: Counter[str] = Counter()
-    kept: Rows = []
+    lost: Counter[str] = Counter()
+    by_prompt: dict[str, Rows] = {}
+    seen: set[str] = set()
+    cut = 0
     for pair in (pair for path in config.pairs for pair in preferences.read(Path(path))):
-        reason = pair.dropped
+        said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
+        row = {"prompt": [*pair.prompt], **said}
+        text, longest = json.dumps(row), 0
+        reason = pair.dropped or ("repeated" if text in seen else "")
+        seen.add(text)
         if not reason:
-            asked = conversations.encode([*pair.prompt], tokenizer)["input_ids"]
-            reason = "prompt too long" if len(asked) >= config.max_length else ""
+            asked, longest = _lengths(row, tokenizer, lost)
+            reason = "prompt too long" if asked >= config.max_length else ""
         if reason:
             dropped[reason] += 1
             continue
-        said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
-        kept.append({"prompt": [*pair.prompt], **said})
-    ctx.metric(pairs=len(kept), dropped=dict(dropped.most_common()))
-    if not kept:
+        cut += longest > config.max_length
+        by_prompt.setdefault(json.dumps(pair.prompt), []).append(row)
+    ctx.metric(pairs=sum(map(len, by_prompt.values())), cut=cut, dropped=dict(dropped.most_common()))
+    ctx.metric(template_loses=dict(lost))
+    if told := conversations.told(lost, "align"):
+        ctx.remark("; ".join(told))
+    if not by_prompt:
         raise UsageError(
             f"no pair is left to learn from: {dropped.most_common(1)[0][0]}",
             hint="raise align.max_length, or mend the data",
         )
-    random.Random(config.seed).shuffle(kept)
-    held = min(round(len(kept) * config.eval_share), len(kept) - 1)
-    ctx.metric(train_pairs=len(kept) - held, eval_pairs=held)
-    return {"train": kept[held:], "eval": kept[:held]}
+    groups = list(by_prompt.values())  # one prompt's pairs stay on one side
+    random.Random(config.seed).shuffle(groups)
+    held = min(round(len(groups) * config.eval_share), len(groups) - 1)
+    parts = {"train": list(chain(*groups[held:])), "eval": list(chain(*groups[:held]))}
+    ctx.metric(**{f"{part}_pairs": len(rows) for part, rows in parts.items()})
+    return parts
+
+
+def _lengths(row: dict[str, list[dict[str, str]]], tokenizer: Any, lost: Counter[str]) -> tuple[int, int]:
+    """Tokens of a pair's prompt, and those with the longer answer; what the template loses is counted in `lost`."""
+    from hpc.inside import conversations
+
+    loses: Counter[str] = Counter()
+    asked = row["prompt"]
+    whole = [
+        len(conversations.encode([*asked, *row[name]], tokenizer, loses, completion_only=False)["input_ids"])
+        for name in ("chosen", "rejected")
+    ]
+    lost.update(loses.keys())
+    begin = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return len(begin), max(whole)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:
     """The model with an adapter to go on with. TRL copies it, and what the copy says is the reference."""
     from peft import PeftModel
 
-    from hpc.inside import adapters
+    from hpc.inside import adapters, trainers
 
     adapters.read(adapter)  # refused where it is none, or a pickle
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    made = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    if "ref_adapter_name" in trainers.fields("DPOConfig"):  # trl below 1 makes no copy
+        made.load_adapter(str(adapter), trainers.REFERENCE)
+    return made
 
 
 def _arguments(config: AlignConfig, dtype: str, ctx: Context) -> Mapping[str, Any]:
     """DPOConfig's values."""
-    from hpc.inside import recipe
+    from hpc.inside import recipe, trainers
 
-    own = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    own: dict[str, Any] = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    if "adapter" in ctx.inputs and "ref_adapter_name" in trainers.fields("DPOConfig"):
+        own["ref_adapter_name"] = trainers.REFERENCE
     return {**recipe.common(config, dtype, ctx), **own}
 
 
 def _train(trainer: Any, ctx: Context) -> bool:
     """Train to the end, from the last complete checkpoint; False where the scheduler asked to stop before."""
-    from hpc.inside import heldout, models, together
+    from hpc.inside import heldout, together, trainers
 
-    resumed = next(iter(models.checkpoints(ctx.checkpoints)), None)
+    resumed = trainers.resumed(ctx.checkpoints)
     try:
         if together.any_of(ctx.stopping()):
             return False
-        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-        seconds = result.metrics["train_runtime"]  # of this attempt
+        seconds = trainers.train(trainer, resumed)  # of this attempt
         if trainer.state.global_step < trainer.state.max_steps:
             return False
         if trainer.eval_dataset is not None:

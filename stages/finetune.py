@@ -225,6 +225,8 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
     talks = conversations.read(Path(ctx.inputs["dataset"]), part)
     rows, counts = conversations.rows(talks, tokenizer, config.max_length, completion_only=config.completion_only_loss)
     ctx.metric(**{f"{part}_{name}": count for name, count in counts.items()})
+    if part == "train" and (told := conversations.told(counts["template_loses"], "finetune")):
+        ctx.remark("; ".join(told))
     if part == "train" and not rows:
         raise UsageError(
             f"no row of the data set has an answer within {config.max_length} tokens",
@@ -262,7 +264,7 @@ def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
     if together.any_of(ctx.stopping()):
         return False
     batches.tokens = 0
-    result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    seconds = trainers.train(trainer, resumed)  # of this attempt
     if trainer.state.global_step < trainer.state.max_steps:
         return False
     losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
@@ -271,8 +273,8 @@ def _train(trainer: Any, batches: Any, ctx: Context) -> bool:
     ctx.metric(trainable_parameters=trainable, resumed_from=resumed.name if resumed else None)
     if losses:
         ctx.metric(train_loss=sum(losses) / len(losses))
-    seconds, tokens = result.metrics["train_runtime"], batches.tokens * together.world()  # of this attempt
-    ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
+    tokens = batches.tokens * together.world()
+    ctx.metric(train_seconds=seconds, tokens=tokens, tokens_per_second=round(tokens / seconds, 1) if seconds else 0.0)
     return True
 
 

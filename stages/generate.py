@@ -19,7 +19,9 @@ from hpc.core.stage import Artifact, Context, Input, Resources, Stage
 from hpc.inside import families
 from hpc.inside.prompts import Prompt, read
 
-_SCORE = re.compile(r"\d+")
+_SCALE = re.compile(r"\b\d+\s*(?:to|-|–)\s*\d+\b")
+_NUMBER = r"(?<!\w)-?\d+(?:\.\d+)?"
+_OF_MOST = re.compile(rf"({_NUMBER})\s*(?:/|out of)\s*\d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,12 @@ class GenerateConfig:
     without: tuple[str, ...] = ()
     """Regular expressions: an answer in which one is found is left out, e.g. "(?i)as an ai"."""
     judge: str = ""
-    """What the model is asked about each answer, with {prompt} and {answer}; it is to reply with a number."""
+    """What the model is asked about each answer, with {prompt} and {answer}; it is to reply with a number: the last one
+    counts, before others the last N/10, and a scale (1 to 10) is none."""
     min_score: int = 7
     """The number below which an answer is left out; without one too."""
     eval_share: float = 0.1
-    """Share of the prompts whose rows are held out, 0 to below 1."""
+    """Share of the prompts whose rows are held out, 0 to below 1; one prompt is always left to train on."""
 
 
 def files(config: GenerateConfig) -> tuple[str, ...]:
@@ -183,18 +186,26 @@ def _ask(prompt: Prompt, at: tuple[int, int], served: Any, config: GenerateConfi
         answer = served.chat([*system, *prompt.messages[:-1], last], max_tokens=config.max_tokens, **draws, **name)
         if answer is None:
             return None
-        text = (families.unthought(answer.text) or "") if config.thoughts == "strip" else answer.text
+        text = families.opened(answer.text)
+        text = (families.unthought(text) or "") if config.thoughts == "strip" else text
         entry.update(text=text.strip(), whole=answer.whole, tokens=answer.tokens, model=answer.model)
         if config.judge and entry["text"]:
             question = config.judge.replace("{prompt}", prompt.text).replace("{answer}", entry["text"])
             verdict = served.chat([{"role": "user", "content": question}], max_tokens=512, temperature=0, **name)
             if verdict is None:
                 return None
-            found = _SCORE.search(families.unthought(verdict.text) or "")
-            entry["score"] = int(found[0]) if found else None
+            entry["score"] = score(families.unthought(verdict.text) or "")
     except RefusedRequest as refused:
         entry["refused"] = str(refused)
     return entry
+
+
+def score(text: str) -> float | None:
+    """The number that a judge gives, or None."""
+    text = _SCALE.sub("", text)
+    found = _OF_MOST.findall(text) or re.findall(_NUMBER, text)
+    number = float(found[-1]) if found else None
+    return int(number) if number is not None and number.is_integer() else number
 
 
 def _judged(
@@ -252,7 +263,8 @@ def _write(
 
     folder.mkdir(parents=True, exist_ok=True)
     texts = sorted({prompts[entry["at"][0]].text for entry in kept})  # one prompt's answers stay on one side
-    held = set(random.Random(config.seed).sample(texts, round(len(texts) * config.eval_share)))
+    count = min(round(len(texts) * config.eval_share), len(texts) - 1)
+    held = set(random.Random(config.seed).sample(texts, count))
     lines: dict[str, list[str]] = {"train": [], "eval": [], "dropped": []}
     for entry in kept:
         prompt = prompts[entry["at"][0]]

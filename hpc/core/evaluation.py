@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,10 +24,12 @@ class Figure:
 
     @property
     def better(self) -> bool | None:
-        """None: the same, or nothing to compare with."""
-        if self.base is None or abs(self.tuned - self.base) <= _SAME * max(abs(self.base), abs(self.tuned)):
+        """None: the same, or nothing to compare with. What is no number is worse than any."""
+        if self.base is None or math.isnan(self.base):
             return None
-        return (self.tuned < self.base) == self.name.endswith(_LOW_IS_GOOD)
+        if abs(self.tuned - self.base) <= _SAME * max(abs(self.base), abs(self.tuned)):
+            return None
+        return not math.isnan(self.tuned) and (self.tuned < self.base) == self.name.endswith(_LOW_IS_GOOD)
 
     def __str__(self) -> str:
         return (
@@ -45,9 +48,10 @@ def verdict(report: Mapping[str, Any]) -> str:
     found = figures(report)
     if not found:
         return "nothing was measured"
-    worse = [f for f in found if f.better is False]
-    if report.get("base") is None:
+    compared = [f for f in found if f.base is not None and not math.isnan(f.base)]
+    if not compared:
         return "; ".join(map(str, found[:2])) + "; no base to compare with"
+    found, worse = compared, [f for f in compared if f.better is False]
     if worse and worse[0] is found[0]:
         return "WORSE than its base: " + ", ".join(map(str, worse))
     if all(f.better is None for f in found):

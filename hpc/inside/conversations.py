@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, UsageError
+from hpc.inside import families
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out of the loss."""
@@ -28,37 +30,86 @@ def read(dataset: Path, part: str) -> Iterator[list[Message]]:
 
 def rows(
     conversations: Iterator[list[Message]], tokenizer: Any, max_length: int, *, completion_only: bool
-) -> tuple[list[Row], dict[str, int]]:
-    """The conversations cut to `max_length`, and how many: kept, cut, without any answer within that length."""
-    whole = [encode(messages, tokenizer, completion_only=completion_only) for messages in conversations]
+) -> tuple[list[Row], dict[str, Any]]:
+    """
+    The conversations cut to `max_length`, and how many: kept, cut, without any answer within that length, and those of
+    which the template loses something.
+    """
+    lost: Counter[str] = Counter()
+    whole = [encode(messages, tokenizer, lost, completion_only=completion_only) for messages in conversations]
     cut = [{name: ids[:max_length] for name, ids in row.items()} for row in whole]
     kept = [row for row in cut if any(label != IGNORED for label in row["labels"][1:])]
     too_long = sum(len(row["input_ids"]) > max_length for row in whole)
-    return kept, {"rows": len(kept), "cut": too_long, "without_answer": len(cut) - len(kept)}
+    counts = {"rows": len(kept), "cut": too_long, "without_answer": len(cut) - len(kept)}
+    return kept, {**counts, "template_loses": dict(lost)}
 
 
-def encode(messages: list[Message], tokenizer: Any, *, completion_only: bool = True) -> Row:
-    """A conversation's tokens in the chat template, and labels: the same, or those of the answers alone."""
+def told(lost: Mapping[str, int], stage: str) -> list[str]:
+    """A sentence for each thing that the template loses."""
+    words = {"system": "the system message", "reasoning": "the reasoning", "answer": "an answer"}
+    return [
+        f"the chat template loses {words[what]} of {count} rows: set {stage}.chat_template to one that keeps it"
+        for what, count in sorted(lost.items())
+    ]
+
+
+def encode(
+    messages: list[Message], tokenizer: Any, lost: Counter[str] | None = None, *, completion_only: bool = True
+) -> Row:
+    """
+    A conversation's tokens in the chat template, and labels: the same, or those of the answers alone.
+
+    What the template loses of it is counted in `lost`: the system message, reasoning, an answer.
+    """
     from jinja2 import TemplateError
 
-    def tokens(until: int, **options: bool) -> list[int]:
-        ids: list[int] = tokenizer.apply_chat_template(messages[:until], return_dict=True, **options)["input_ids"]
+    def tokens(talk: list[Message], **options: bool) -> list[int]:
+        ids: list[int] = tokenizer.apply_chat_template(talk, return_dict=True, **options)["input_ids"]
         return ids
 
+    def behind(turn: int, **options: bool) -> int:
+        """Where in the whole a turn ends, with what the template writes after it where it is the last one."""
+        until = messages[: turn + 1]
+        alone = tokens(until, **options)
+        shared = _shared(alone, ids)
+        if shared == len(alone):
+            return shared
+        # Written otherwise where more follows, as Qwen 3's answers are: the turn's last letter shows where it is.
+        here = _end(ids, tokens(_changed(messages, turn)))
+        there = _end(alone, tokens(_changed(until, turn), **options))
+        return here + _shared(alone[there:], ids[here:])
+
     try:
-        ids = tokens(len(messages))
+        missing, ids = False, tokens(messages)
         labels = [IGNORED] * len(ids) if completion_only else list(ids)
         for turn, message in enumerate(messages):
             if completion_only and message["role"] == "assistant":
-                start = _shared(tokens(turn, add_generation_prompt=True), ids)
-                end = _shared(tokens(turn + 1), ids)
+                start, end = behind(turn - 1, add_generation_prompt=True), behind(turn)
                 labels[start:end] = ids[start:end]
+                missing |= start >= end
+        if lost is not None:
+            written = tokenizer.apply_chat_template(messages, tokenize=False)
+            said = (m["content"].rpartition("</think>")[2].strip() for m in messages if m["role"] == "assistant")
+            missing |= any(answer not in written for answer in said)
+            lost.update([*families.lost(messages, written), *["answer"] * missing])
     except TemplateError as error:
         raise HpcError(
             f"the model's chat template refuses a conversation: {error}",
             hint="does it allow a system message?",
         ) from error
     return {"input_ids": ids, "labels": labels}
+
+
+def _changed(messages: list[Message], turn: int) -> list[Message]:
+    """The conversation with another letter at the end of one turn."""
+    text = messages[turn]["content"]
+    other = {**messages[turn], "content": text + ("b" if text.rstrip().endswith("a") else "a")}
+    return [*messages[:turn], other, *messages[turn + 1 :]]
+
+
+def _end(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Where the last difference of two lists ends in the first; 0: there is none."""
+    return len(ids) - _shared(ids[::-1], others[::-1])
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

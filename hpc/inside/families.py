@@ -65,7 +65,7 @@ def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | str:
         if message["role"] != "assistant":
             made.append(message)
             continue
-        said = unthought(message["content"]) if policy == "strip" else _opened(message["content"])
+        said = unthought(message["content"]) if policy == "strip" else opened(message["content"])
         if not said:
             return "reasoning without an end" if said is None else "empty turn"
         made.append({**message, "content": said})
@@ -78,7 +78,7 @@ def unthought(answer: str) -> str | None:
     >>> unthought("<think>so</think> yes"), unthought("so</think> yes"), unthought("<think>so"), unthought("yes")
     ('yes', 'yes', None, 'yes')
     """
-    said = bare(_THOUGHT.sub("", _opened(answer)))
+    said = bare(_THOUGHT.sub("", opened(answer)))
     return None if "<think>" in said else said
 
 
@@ -102,12 +102,14 @@ def lost(messages: Sequence[Message], written: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _opened(answer: str) -> str:
+def opened(answer: str) -> str:
     """The answer with the tag that its reasoning begins with, where a template wrote that and the model did not."""
     before, end, _ = answer.partition("</think>")
-    return f"<think>{answer}" if end and "<think>" not in before else answer
+    if not end or "<think>" in before:
+        return answer
+    return f"<think>{answer}" if answer.startswith("\n") else f"<think>\n{answer}"
 
 
 def _thoughts(messages: Sequence[Message]) -> list[str]:
-    said = (_opened(m["content"]) for m in messages if m["role"] == "assistant" and "</think>" in m["content"])
+    said = (opened(m["content"]) for m in messages if m["role"] == "assistant" and "</think>" in m["content"])
     return [thought.strip() for answer in said for thought in _THOUGHT.findall(answer) if thought.strip()]

@@ -15,19 +15,29 @@ from hpc.inside import models, together
 
 _PART = ".part"
 """The folder in which a checkpoint is written, beside the whole ones."""
+REFERENCE = "ref"
+"""The adapter beside the one that is trained, by TRL's name; it is in no checkpoint."""
+
+
+def fields(kind: str) -> set[str]:
+    """What TRL's config of that name has in the installed generation."""
+    import trl
+
+    return {field.name for field in dataclasses.fields(getattr(trl, kind))}
 
 
 def arguments(wanted: Mapping[str, Any], kind: str = "SFTConfig") -> Any:
     """TRL's config of that name with these values, by the names of the installed generation."""
     import trl
 
-    made = getattr(trl, kind)
-    known = {field.name for field in dataclasses.fields(made)}
+    known = fields(kind)
     values = dict(wanted)
     if "train_sampling_strategy" not in known:  # transformers 4
         values["group_by_length"] = values.pop("train_sampling_strategy", "") == "group_by_length"
         values["warmup_ratio"] = values.pop("warmup_steps")
-    return made(**values)
+    if "max_prompt_length" in known:  # trl below 1 would cut the beginning of a prompt, and of what is too long
+        values.update(max_prompt_length=None, truncation_mode="keep_start")
+    return getattr(trl, kind)(**values)
 
 
 def need(trackers: Sequence[str], folder: Path) -> None:
@@ -160,10 +170,25 @@ def resumed(folder: Path) -> Path | None:
     return folder / f"checkpoint-{step}" if step else None
 
 
+class DoneError(Exception):
+    """The checkpoint to go on from is that of the last step."""
+
+
+def train(trainer: Any, resumed: Path | None) -> float:
+    """Train on from the checkpoint; in how many seconds: none where it was that of the last step."""
+    try:
+        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    except DoneError:
+        trainer.is_in_train = False
+        return 0.0
+    return float(result.metrics["train_runtime"])
+
+
 def _publish(folder: Path, step: int, keep: int) -> None:
     """Let a written checkpoint appear, whole and on the disk, and take away the oldest."""
     name = f"checkpoint-{step}"
     part = folder / _PART / name
+    shutil.rmtree(part / REFERENCE, ignore_errors=True)  # transformers would go on from it alone
     for place, _, files in os.walk(part, topdown=False):
         for path in (*(os.path.join(place, file) for file in files), place):
             descriptor = os.open(path, os.O_RDONLY)

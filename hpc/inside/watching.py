@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc.core.errors import HpcError
 from hpc.core.stage import Context
-from hpc.inside import heldout, models, together
+from hpc.inside import heldout, models, together, trainers
 from hpc.inside.curves import FOLDER, Curves
 
 _SHOWN = ("loss", "learning_rate", "grad_norm")
@@ -22,6 +22,10 @@ def watcher(ctx: Context) -> Any:
         def __init__(self) -> None:
             self.seen: dict[str, float] = {}
             self.curves: Curves | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps:  # the trainer would do one step more; the weights are loaded
+                raise trainers.DoneError
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if together.any_of(ctx.stopping()):  # every rank saves the same step

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,7 @@ def test_held_out_pairs_are_told_apart_and_the_adapter_can_be_merged(
     assert merged.code == 0, merged.error
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     run_stage: RunStage, tiny_model: Path, pairs: str, dataset: Path, tmp_path: Path
@@ -104,6 +106,48 @@ def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     assert not (result.out("adapter") / "ref").exists()
     assert (result.out("adapter") / "chat_template.jinja").read_text() == template
     assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
+
+
+@pytest.mark.train
+def test_a_prompt_is_held_out_with_all_its_pairs_and_repeats_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    from hpc.inside import models
+
+    pairs = [{"prompt": f"{i}?", "chosen": f"yes {n % 3}", "rejected": "no"} for n in range(4) for i in range(10)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    metrics: dict[str, Any] = {}
+    ctx: Any = SimpleNamespace(metric=lambda **found: metrics.update(found))
+    parts = align._rows(models.tokenizer(tiny_model), align.AlignConfig(pairs=(str(path),), eval_share=0.2), ctx)
+    assert (metrics["train_pairs"], metrics["eval_pairs"], metrics["dropped"]) == (24, 6, {"repeated": 10})
+    train, held = ({row["prompt"][0]["content"] for row in parts[part]} for part in ("train", "eval"))
+    assert (len(train), len(held), train & held) == (8, 2, set())
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_long_prompt_stays_whole_and_what_is_cut_or_lost_is_counted(
+    run_stage: RunStage, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "BEGIN" + "p" * 530, "chosen": said, "rejected": "bad"} for said in ("a", "b" * 200)]
+    rows += [{"prompt": "r" * 530, "chosen": "<think>because</think>a", "rejected": "b"}]
+    rows += [{"prompt": "s" * 625, "chosen": "a", "rejected": "b"}]  # too long with what asks for the answer
+    path, template = tmp_path / "pairs.jsonl", tmp_path / "template.jinja"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template.write_text(tiny.TEMPLATE.replace("m.content", "m.content.split('</think>')[-1]"))
+    trained: list[Any] = []
+    save = align._save
+    monkeypatch.setattr(align, "_save", lambda trainer, *a, **o: (trained.append(trainer), save(trainer, *a, **o)))
+    config = {**SMALL, "max_length": 640, "max_steps": 1, "eval_share": 0.0, "chat_template": str(template)}
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(str(path),), **config)
+    assert result.code == 0, result.error
+    assert (result.metrics["pairs"], result.metrics["dropped"]) == (3, {"prompt too long": 1})
+    assert (result.metrics["cut"], result.metrics["template_loses"]) == (1, {"reasoning": 1})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert "loses the reasoning of 1 rows: set align.chat_template" in remark
+    (trainer,) = trained
+    (asked,) = {"prompt_ids", "prompt_input_ids"} & set(trainer.train_dataset.column_names)
+    assert sorted(map(len, trainer.train_dataset[asked])) == [549, 554, 554]
+    assert trainer.args.truncation_mode == "keep_start"
 
 
 @pytest.mark.train
@@ -131,3 +175,23 @@ def test_a_stop_and_a_resume_give_the_losses_of_an_uninterrupted_run(
     assert parts.code == 0, parts.error
     assert parts.metrics["resumed_from"] == "checkpoint-5"  # the step after the signal
     assert parts.metrics["losses"] == pytest.approx(whole.metrics["losses"], abs=1e-4)
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_stop_after_the_last_step_trains_no_further(
+    run_stage: RunStage,
+    stop_after: Callable[[int], None],
+    tiny_model: Path,
+    pairs: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {**SMALL, "max_steps": 3}  # of four steps of an epoch
+    stop_after(3)
+    assert run_stage("align", {"base_model": tiny_model}, pairs=(pairs,), **config).code == STOPPED
+    monkeypatch.undo()
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(pairs,), **config)
+    assert result.code == 0, result.error
+    assert (result.metrics["resumed_from"], result.metrics["steps"]) == ("checkpoint-3", 3)
+    assert len(result.metrics["losses"]) == 3
+    assert result.metrics["eval_preferred"] > 0.5

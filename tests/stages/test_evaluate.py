@@ -185,6 +185,9 @@ def report(base: dict[str, float] | None, tuned: dict[str, float]) -> dict[str, 
         ((2.0, 9.0), (3.0, 9.5), "WORSE than its base: held-out loss 2 → 3"),
         ((2.0, 9.0), (2.0, 9.0), "the same as its base"),
         (None, (2.0, 9.0), "held-out loss 2; chrF 9; no base to compare with"),
+        ((math.nan, 9.0), (2.0, 9.5), "better than its base: chrF 9 → 9.5"),
+        ((math.nan, math.nan), (2.0, 9.0), "held-out loss nan → 2; chrF nan → 9; no base to compare with"),
+        ((2.0, 9.0), (math.nan, math.nan), "WORSE than its base: held-out loss 2 → nan, chrF 9 → nan"),
     ],
 )
 def test_the_verdict(base: tuple[float, float] | None, tuned: tuple[float, float], said: str) -> None:

@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_with_the_losses_of_an_uninterrupted_one(
         assert resumed.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-5)
 
 
+@pytest.mark.generations
 @pytest.mark.train
 def test_a_stop_at_the_last_step_loses_nothing(
     run_stage: RunStage,
@@ -119,12 +120,20 @@ def test_a_stop_at_the_last_step_loses_nothing(
     stop_after: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    stop_after(8)
-    assert run_stage("finetune", inputs(tiny_model, dataset), **SMALL).code == STOPPED
+    stop_after(8)  # the second of six steps of an epoch
+    stopped = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
+    assert stopped.code == STOPPED
     monkeypatch.undo()
     result = run_stage("finetune", inputs(tiny_model, dataset), **SMALL)
     assert (result.code, result.metrics["resumed_from"]) == (0, "checkpoint-8")
-    assert result.out("adapter").is_dir()
+    state = json.loads((result.folder / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    losses = [round(entry["loss"], 5) for entry in state["log_history"]]
+    assert (result.metrics["steps"], result.metrics["losses"]) == (8, losses)
+    saved = [
+        folder / "adapter_model.safetensors"
+        for folder in (result.out("adapter"), result.folder / "checkpoints" / "checkpoint-8")
+    ]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 @pytest.mark.train
@@ -244,13 +253,19 @@ def test_a_compiled_training_learns_the_same_and_saves_plain_names(
 
 
 @pytest.mark.train
-def test_the_template_of_the_data_goes_with_the_adapter(
+def test_the_template_of_the_data_goes_with_the_adapter_and_what_it_loses_is_told(
     run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     data = shutil.copytree(dataset, tmp_path / "data")
-    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    text = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     (data / "chat_template.jinja").write_text(text)
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    with open(data / "train.jsonl", "a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
     result = run_stage("finetune", inputs(tiny_model, data), **{**SMALL, "max_steps": 1})
+    assert (result.metrics["train_template_loses"], result.metrics["eval_template_loses"]) == ({"system": 1}, {})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert remark.startswith("the chat template loses the system message of 1 rows: set finetune.chat_template")
     assert (result.out("adapter") / "chat_template.jinja").read_text() == text
     merged = run_stage("merge", {"adapter": result.out("adapter"), "base_model": tiny_model})
     assert (merged.out("model") / "chat_template.jinja").read_text() == text

@@ -173,9 +173,12 @@ def test_a_judge_leaves_out_what_it_gives_less_than_the_least_score(
         text = body["messages"][-1]["content"]
         if not text.startswith("Rate"):
             return text.upper()
-        return {"THE WALL": "<think>1 or 2?</think>9", "THE DOOR": "Score: 3/10", "THE ROOF": "who knows"}.get(
-            text.partition(": ")[2], "8"
-        )
+        said = {
+            "THE WALL": "1 or 2?</think>On a scale from 1 to 10: 9",
+            "THE DOOR": "Score: 3/10",
+            "THE ROOF": "who knows",
+        }
+        return said.get(text.partition(": ")[2], "<think>5</think>8")
 
     model.say = say
     served = model.announce(tmp_path / "serve")
@@ -185,6 +188,35 @@ def test_a_judge_leaves_out_what_it_gives_less_than_the_least_score(
     assert train == {"the wall": 9, "the 집": 8, "the 🏠": 8}
     reasons = [row["reason"] for row in rows(result.out("dataset") / "dropped.jsonl")]
     assert reasons == ["the judge gave no number", "judged below 7"]
+
+
+def test_a_thought_that_began_in_the_prompt_is_whole_and_a_row_is_always_left(
+    run_stage: RunStage, model: StubModel, tmp_path: Path
+) -> None:
+    (tmp_path / "one.txt").write_text("the wall\n")
+    model.say = lambda body: "hm\n</think>\n\nBricks."
+    options = {"prompts": (str(tmp_path / "one.txt"),), "eval_share": 0.6}
+    for thoughts, text in (("keep", "<think>\nhm\n</think>\n\nBricks."), ("strip", "Bricks.")):
+        served = model.announce(tmp_path / "serve")
+        result = run_stage("generate", {"endpoint": served}, folder=thoughts, thoughts=thoughts, **options)
+        (row,) = rows(result.out("dataset") / "train.jsonl")
+        assert row["messages"][-1]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("8", 8),
+        ("On a scale from 1 to 10 I give it 9", 9),
+        ("I give it 9 on a scale of 1-10.", 9),
+        ("8 out of 10, with 2 faults", 8),
+        ("7.5", 7.5),
+        ("Score: -5", -5),
+        ("none", None),
+    ],
+)
+def test_the_number_of_a_judge(said: str, number: float | None) -> None:
+    assert generate.score(said) == number
 
 
 def test_a_service_that_moves_is_followed_and_one_that_refuses_is_not_asked_again(
