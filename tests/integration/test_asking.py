@@ -67,7 +67,9 @@ def two(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, base_sif: Path
     made.write("bin/hpc", f'#!/bin/sh\nXDG_STATE_HOME={folder}/state exec {hpc_install}/bin/hpc "$@"\n').chmod(0o755)
     made.write("tmp/x", "").unlink()
     try:
-        runs = [made.json("submit", "serve", *more)["run"] for more in ((), ("--set", "build.quantization=int4"))]
+        # a model so small says all in one interval: where the time of a token is asked for, each is a piece
+        settings = ("serve.stream_interval_ms=0", "build.quantization=int4")
+        runs = [made.json("submit", "serve", "--set", setting)["run"] for setting in settings]
         early = made.hpc("query", QUESTION, "--run", runs[0], check=False)
         assert (early.returncode, "does not answer yet: " in early.stderr) == (5, True), early.stderr
         yield Two(made, serve_cpu_sif, *(_served(made, run) for run in runs))
