@@ -245,7 +245,7 @@ class RunsDir:
             run = RunDir(path)
             try:
                 asked = read_json(run.run) or {}
-            except OSError:  # another user's, for him alone
+            except OSError:  # another user's, and closed
                 continue
             if "uid" in asked and isinstance(asked.get("keys"), dict):
                 yield run, asked

@@ -113,6 +113,7 @@ def run(stage: Stage, stage_dir: rundir.StageDir, attempt: rundir.AttemptDir) ->
     context.listen()
     together.check()
     stage.run(configs.decode(stage.config, document["config"]), context)
+    together.leave()
     if together.rank() or meeting.of(stage_dir.path, os.environ).rank:  # the first one makes the outputs, and tells
         return 0
     missing = [name for name, path in context.outputs.items() if not path.exists()]

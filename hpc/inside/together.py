@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 from hpc.core.errors import HpcError
@@ -55,6 +56,13 @@ def summed(values: Sequence[float]) -> list[float]:
     distributed.all_reduce(found)
     result: list[float] = found.tolist()
     return result
+
+
+def leave() -> None:
+    """Part from the others, before the interpreter ends: what is left of the group's threads then may abort it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def barrier() -> None:

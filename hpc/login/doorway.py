@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -98,6 +99,8 @@ def of_url(url: str, token_file: str | None, env: Mapping[str, str]) -> Doorway:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         port = parts.port or {"https": 443}.get(parts.scheme, 80)
         name = (parts.hostname or "").encode("idna").decode()
+        if "[" in parts.netloc:  # Python 3.10 takes anything for an address
+            ip_address(name)
     except ValueError:  # half a bracket, a port that is none, a label that is empty or too long
         raise wrong from None
     if parts.scheme not in ("http", "https") or not name or " " in name or not name.isprintable():
