@@ -186,8 +186,8 @@ def _ask(prompt: Prompt, at: tuple[int, int], served: Any, config: GenerateConfi
         answer = served.chat([*system, *prompt.messages[:-1], last], max_tokens=config.max_tokens, **draws, **name)
         if answer is None:
             return None
-        text = families.opened(answer.text)
-        text = (families.unthought(text) or "") if config.thoughts == "strip" else text
+        keeps = config.thoughts != "strip"
+        text = families.opened(answer.text) if keeps else families.unthought(answer.text) or ""
         entry.update(text=text.strip(), whole=answer.whole, tokens=answer.tokens, model=answer.model)
         if config.judge and entry["text"]:
             question = config.judge.replace("{prompt}", prompt.text).replace("{answer}", entry["text"])

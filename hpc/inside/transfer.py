@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hpc.core import stale
 from hpc.core.errors import VerificationFailed
 
 _CHUNK = 1 << 20
@@ -183,7 +184,8 @@ def _locked(lock: Path, target: Path, stop: Callable[[], bool]) -> Iterator[Call
             if target.exists() or stop():
                 yield lambda: None
                 return
-            _break_stale(lock)
+            with suppress(OSError):
+                stale.free(lock, _STALE_S)
             time.sleep(_WAIT_S)
     last = time.monotonic()
 
@@ -199,22 +201,6 @@ def _locked(lock: Path, target: Path, stop: Callable[[], bool]) -> Iterator[Call
     finally:
         if _read(lock) == mine:
             lock.unlink(missing_ok=True)
-
-
-def _break_stale(lock: Path) -> None:
-    """Take the lock of a job that died away, by the file system's own clock: nodes' clocks differ."""
-    probe = lock.with_name(f"{lock.name}.{os.uname().nodename}.{os.getpid()}")
-    with suppress(OSError):
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        if now - lock.stat().st_mtime > _STALE_S:
-            aside = probe.with_suffix(".stale")
-            os.rename(lock, aside)  # of several that wait, one succeeds
-            if now - aside.stat().st_mtime > _STALE_S:
-                aside.unlink()
-            else:  # and has it anew
-                os.rename(aside, lock)
 
 
 @cache

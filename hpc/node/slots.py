@@ -6,11 +6,12 @@ flock may be off on NFS and Lustre; creating a file that must not exist yet work
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from hpc.core import stale
 
 _LOOK_S = 0.2
 _STALE_S = 30
@@ -41,27 +42,12 @@ def _take(folder: Path, count: int, waiting: Callable[[], bool]) -> Path | None:
                 with suppress(FileExistsError):
                     os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
                     return place
-                _free_if_stale(place)
+                stale.free(place, _STALE_S)
         except OSError:
             return None
         if not waiting():
             return None
         time.sleep(_LOOK_S)
-
-
-def _free_if_stale(place: Path) -> None:
-    """By the file server's own clock: the nodes' may differ."""
-    probe = place.with_name(f".now-{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}")
-    probe.touch()
-    now = probe.stat().st_mtime
-    probe.unlink()
-    with suppress(FileNotFoundError):
-        if now - place.stat().st_mtime > _STALE_S:
-            os.rename(place, probe)
-            if now - probe.stat().st_mtime > _STALE_S:
-                probe.unlink()
-            else:  # another one was faster, and has taken it
-                os.rename(probe, place)
 
 
 def _touch(place: Path | None) -> None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -132,25 +131,6 @@ def test_a_slow_transfer_keeps_its_lock(hub: Hub, tmp_path: Path, monkeypatch: p
         job.join()
     assert len(hub.asked) == 1
     assert (tmp_path / "big").read_bytes() == hub.files["big"]
-
-
-def test_a_dead_jobs_lock_that_another_takes_over_at_this_moment_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lock, stat = tmp_path / "big.lock", Path.stat
-    lock.touch()
-    os.utime(lock, (1, 1))
-
-    def look(path: Path, **options: Any) -> os.stat_result:
-        found = stat(path, **options)
-        if path == lock:
-            lock.unlink()
-            lock.touch()
-        return found
-
-    monkeypatch.setattr(Path, "stat", look)
-    transfer._break_stale(lock)
-    assert os.listdir(tmp_path) == ["big.lock"]
 
 
 def test_the_rate_tells_what_is_left() -> None:

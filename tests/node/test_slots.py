@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -42,23 +41,6 @@ def test_place_of_a_dead_holder_is_free_again(tmp_path: Path, monkeypatch: pytes
     os.utime(tmp_path / "slot-0", (1, 1))
     with slot(tmp_path, 1):
         assert (tmp_path / "slot-0").stat().st_mtime > 1
-
-
-def test_place_that_another_takes_at_this_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, stat = tmp_path / "slot-0", Path.stat
-    place.touch()
-    os.utime(place, (1, 1))
-
-    def look(path: Path, **options: Any) -> os.stat_result:
-        found = stat(path, **options)
-        if path == place:  # the dead one's is freed, and taken
-            place.unlink()
-            place.touch()
-        return found
-
-    monkeypatch.setattr(Path, "stat", look)
-    slots._free_if_stale(place)
-    assert os.listdir(tmp_path) == ["slot-0"]
 
 
 def test_kept_place_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
