@@ -126,7 +126,9 @@ def test_it_is_announced_when_it_answers_and_not_before(serving: Service) -> Non
     assert not ask(found, "/health", "wrong")
     assert 9000 <= found.port <= 9999
     assert found.host == os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    assert [e["phase"] for e in serving.events()] == ["ready"]
+    *before, last = [e["phase"] for e in serving.events()]
+    assert last == "ready"
+    assert "ready" not in before  # "starting" may be there: another program can take the port it had chosen
 
 
 def test_token_is_for_its_owner_alone_and_not_in_any_argument(serving: Service) -> None:
