@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,12 @@ class Work:
                 self._tell("looking for near duplicates")
 
     def hold_out(self) -> None:
-        """Rows to measure on, by the seed."""
+        """Rows to measure on, by the seed, beside those of the held-out files."""
+        if self._config.eval_data and not (self._table.fate == HELD_OUT).any():
+            raise UsageError(
+                f"no row of {self._config.eval_data[0]} is left to measure on (dropped: {self._drops.words()})",
+                hint="check what is in prepare.eval_data, or take it out: prepare.eval_rows holds rows of the data out",
+            )
         groups, rows = self._groups("data"), self._config.eval_rows
         (left,) = mixture.counted(self._table, groups, 1)
         if left <= rows:
@@ -171,6 +177,8 @@ class Work:
             groups = self._groups("replay")
             (available,) = mixture.counted(self._table, groups, 1)
             replayed = mixture.replayed(sum(wanted), available, config.replay_share)
+            if replayed < mixture.replayed(sum(wanted), sys.maxsize, config.replay_share):
+                print(f"all {replayed} older rows are taken, and they are less than replay_share asks for")
             self._choose(groups, [replayed])
             self._figures["replayed"] = replayed
 

@@ -344,7 +344,7 @@ def _submit_one(work: Submission, placed: Placed, dependency: str | None, schedu
     except FileExistsError:
         raise RuntimeUnavailable(
             f"{work.run.id}/{placed.name} is being submitted by another hpc at this moment",
-            hint="`hpc status` shows it",
+            hint=f"`hpc status` shows it; where no other hpc is at work, one was killed: remove {attempt.path}",
         ) from None
     document = {
         "schema": "hpc.job/1",
@@ -361,7 +361,12 @@ def _submit_one(work: Submission, placed: Placed, dependency: str | None, schedu
         "after": list(placed.planned.needs),
         "python": placed.python,
     }
-    rundir.write_json(record, document)
+    try:
+        rundir.write_json(record, document)
+    except OSError:
+        with suppress(OSError):
+            attempt.path.rmdir()
+        raise
     if work.scheduler == "local":
         job_id = str(batch.submit_local(placed))
     else:

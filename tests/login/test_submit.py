@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -440,6 +441,30 @@ def test_two_that_continue_one_run_do_not_submit_a_stage_twice(cluster: Cluster)
         submit(two, cluster.settings(), cluster.scheduler(), lambda text: None)
     assert [n for n, _ in cluster.submitted] == NAMES
     assert cluster.states(run) == dict.fromkeys(NAMES, "PENDING"), "the first one's jobs are untouched"
+
+
+def test_stage_whose_record_could_not_be_written_can_be_submitted_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cluster.submit().run
+    cluster.fail(run, "prepare")
+    for job_id in ("102", "103"):
+        cluster.jobs[job_id]["state"] = "CANCELLED"
+    cluster.submitted.clear()
+    write = rundir.write_json
+
+    def full(path: Path, *given: Any, **options: Any) -> None:
+        if path == run.stage("prepare").job:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *given, **options)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(rundir, "write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            cluster.submit()
+    assert cluster.submitted == []
+    assert cluster.submit().run == run
+    assert [n for n, _ in cluster.submitted] == NAMES
 
 
 def test_two_that_start_the_same_run_make_one(cluster: Cluster) -> None:

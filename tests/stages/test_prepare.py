@@ -307,7 +307,9 @@ def test_rows_that_share_text_with_held_out_ones(tmp_path: Path, run_stage: RunS
 
 
 @pytest.mark.train
-def test_a_mixture_with_weights_and_older_data(tmp_path: Path, run_stage: RunStage) -> None:
+def test_a_mixture_with_weights_and_older_data(
+    tmp_path: Path, run_stage: RunStage, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [write(tmp_path / f"{n}.jsonl", *((f"{n} {i}?", f"{n} answers {i}.") for i in range(40))) for n in "abc"]
     config = {"data": tuple(files[:2]), "weights": (3.0, 1.0), "replay": (files[2],), "replay_share": 0.2}
     result = run_stage("prepare", **config)
@@ -316,6 +318,9 @@ def test_a_mixture_with_weights_and_older_data(tmp_path: Path, run_stage: RunSta
     assert (result.metrics["mixture"], result.metrics["replayed"]) == ([40, 13], 13)
     less = run_stage("prepare", folder="less", train_rows=20, **config)
     assert (less.metrics["mixture"], less.metrics["replayed"], less.metrics["train"]) == ([12, 4], 4, 20)
+    assert "replay_share" not in capsys.readouterr().out
+    assert run_stage("prepare", folder="short", **{**config, "replay_share": 0.5}).metrics["replayed"] == 40
+    assert "all 40 older rows are taken" in capsys.readouterr().out
 
 
 @pytest.mark.train
@@ -330,6 +335,10 @@ def test_a_mixture_without_rows_to_train_on_is_refused(tmp_path: Path, run_stage
                 "no row is left to train on (dropped: 8 shares text with held-out rows)",
             ),
             ({"data": (full,), "train_rows": 1, "replay": (held_out,), "replay_share": 0.6}, "no row is left"),
+            (
+                {"data": (full,), "eval_data": (hollow,), "eval_rows": 1},
+                "b.jsonl is left to measure on (dropped: 2 no answer)",
+            ),
         )
     ):
         result = run_stage("prepare", folder=str(number), **config)
