@@ -17,7 +17,7 @@ from hpc.login.facts import MachineFacts
 from hpc.login.place import Placed
 from hpc.login.settings import Layer, Settings, assignment, load, locate
 from hpc.login.states import Scheduler
-from hpc.node.launch import process_env, without_secrets
+from hpc.node.launch import argument_without_secrets, process_env, without_secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Work:
                 }
                 for p in work.placed
             ],
-            "origins": dict(self.settings.origins),
+            "origins": {k: argument_without_secrets(v) for k, v in self.settings.origins.items()},
         }
 
     def action(self, placed: Placed) -> str:

@@ -25,6 +25,7 @@ from hpc.login.place import Ground, Placed, place
 from hpc.login.settings import Settings
 from hpc.login.states import NOT_SUBMITTED, Scheduler, StageState, states
 from hpc.node.enter import process_start
+from hpc.node.launch import argument_without_secrets
 
 Say = Callable[[str], None]
 
@@ -315,7 +316,7 @@ def _run_document(work: Submission, settings: Settings, git: Mapping[str, Any] |
         "created": time.time(),
         "uid": os.getuid(),
         "host": socket.gethostname(),
-        "command": sys.argv,
+        "command": [argument_without_secrets(word) for word in sys.argv],
         "project": str(settings.project.root),
         "site": settings.site.name,
         "scheduler": settings.site.scheduler,

@@ -25,6 +25,8 @@ NOT_SHOWN = "(not shown)"
 _SECRETS = ("*TOKEN*", "*SECRET*", "*PASS*", "*CREDENTIAL*", "*APIKEY*", "*_KEY", "*_PAT")
 _LOGIN = re.compile(r"//[^/@\s]+@")
 """user:password in a URL, as in HTTPS_PROXY."""
+_SET = re.compile(r"(.*\bsite\.env\b\.?([^=]*)=)(.*)", re.DOTALL)
+"""A variable of the site's as an argument sets it: what is before its value, its name, the value."""
 
 
 @dataclass(frozen=True)
@@ -165,3 +167,18 @@ def without_secrets(env: Mapping[str, str]) -> dict[str, str]:
         k: NOT_SHOWN if any(fnmatch.fnmatchcase(k.upper(), s) for s in _SECRETS) else _LOGIN.sub(f"//{NOT_SHOWN}@", v)
         for k, v in env.items()
     }
+
+
+def argument_without_secrets(word: str) -> str:
+    """An argument of the command line as it may be written down.
+
+    >>> argument_without_secrets("site.env.HF_TOKEN=hf_x"), argument_without_secrets("--set=site.env={HF_TOKEN='hf_x'}")
+    ('site.env.HF_TOKEN=(not shown)', '--set=site.env=(not shown)')
+    >>> argument_without_secrets("site.env.TZ=UTC"), argument_without_secrets("finetune.lora_r=16")
+    ('site.env.TZ=UTC', 'finetune.lora_r=16')
+    """
+    found = _SET.fullmatch(word)
+    if found is None:
+        return word
+    start, name, value = found.groups()
+    return start + (without_secrets({name: value})[name] if name else NOT_SHOWN)

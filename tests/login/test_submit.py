@@ -426,6 +426,12 @@ def test_name_that_is_not_utf_8_leaves_no_half_run(cluster: Cluster, monkeypatch
     assert cluster.runs == []
 
 
+def test_secret_on_the_command_line_is_not_written_down(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["hpc", "submit", "merge", "--set", "site.env.HF_TOKEN=hf_x"])
+    asked = rundir.read_json(cluster.submit().run.run) or {}
+    assert asked["command"] == ["hpc", "submit", "merge", "--set", "site.env.HF_TOKEN=(not shown)"]
+
+
 # ---- two at once
 
 
