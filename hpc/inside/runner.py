@@ -191,4 +191,7 @@ def _sentence(error: Exception) -> str:
 
 if __name__ == "__main__":
     once.told_once()
-    raise SystemExit(main(sys.argv[1:]))
+    ended = main(sys.argv[1:])
+    if together.world() > 1:
+        together.end(ended)
+    raise SystemExit(ended)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hpc.core.errors import HpcError
 
@@ -59,10 +62,23 @@ def summed(values: Sequence[float]) -> list[float]:
 
 
 def leave() -> None:
-    """Part from the others, before the interpreter ends: what is left of the group's threads then may abort it."""
+    """Part from the others: done with the work, before any of them ends."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this process, and do not take the interpreter apart: a thread of the group's that needs it then would abort.
+
+    Where others have not come to an end, the group cannot be left first. What asked to be told of the end is told:
+    trackers send what they have. See docs/adr/0035.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def barrier() -> None:

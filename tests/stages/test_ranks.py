@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpc.core import rundir
 from hpc.core.errors import STOPPED
-from hpc.inside import models
+from hpc.inside import models, ranks
+from tests.stages.conftest import ROOT
 
 RunStage = Callable[..., Any]
 pytestmark = pytest.mark.train
@@ -90,3 +95,41 @@ def test_a_rank_that_fails_ends_the_others_and_tells_why(run_stage: RunStage, ti
     assert result.code == 1, told(result)
     assert "diverged" in result.error["cause"]
     assert not result.out("adapter").exists()
+
+
+RANK = """
+import time
+from torch import distributed, ones
+from hpc.inside import together
+
+class Late:
+    sleep = staticmethod(time.sleep)
+    def __del__(self):  # while the interpreter is taken apart
+        self.sleep(2)
+
+distributed.init_process_group("gloo")
+late = Late()
+if together.rank() == 0:
+    time.sleep(1)
+    distributed.all_reduce(ones(1))
+else:
+    distributed.all_reduce(ones(1), async_op=True).get_future().then(lambda sum: None)
+    together.end(7)
+"""
+
+
+def test_what_a_rank_waits_for_does_not_abort_it_at_its_end() -> None:
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    env["MASTER_PORT"] = str(ranks.meet(rundir.AttemptDir(Path()), 0, 1, {})[1])
+    started = [
+        subprocess.Popen([sys.executable, "-c", RANK], env={**env, "RANK": rank}, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    ends = [process.communicate(timeout=60)[1] for process in started]
+    assert started[1].returncode == 7, ends[1]
