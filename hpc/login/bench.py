@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core import rundir
-from hpc.core.errors import HpcError, Interrupted, UsageError
+from hpc.core.errors import Interrupted, UsageError
 from hpc.login import answers, doorway, figures, load, plot, prompts, ready, view
 from hpc.login.doorway import Doorway
 from hpc.login.load import Level
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
     slo = figures.objectives(options.slo) if options.slo else {}
     if options.plot and options.plot != "-" and not options.plot.endswith(".svg"):
         raise UsageError(f"--plot {options.plot}: only SVG is drawn", hint="name it FILE.svg")
+    if options.plot and options.plot != "-" and not os.access(Path(options.plot).absolute().parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--plot {options.plot}: its folder cannot be written to", hint="name another file")
     if options.plot == "-" and options.json:
         raise UsageError("--plot - and --json both want stdout", hint="give one of them a file")
     doors = _doors(options)
@@ -59,14 +62,14 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], int]:
         document["agreement"] = figures.agreement(one, two)
     if any(found.values()):
         _keep(document, doors)
-    _show(document, options)
+    shown = _show(document, options)
     if stopped:
         raise Interrupted("the benchmark was stopped", hint="the levels that were done are shown; the service goes on")
     silent = [e["name"] for e in document["endpoints"] if not all(level["tokens"] for level in e["levels"])]
     if silent:
         print(f"error: {', '.join(silent)}: a level without a single token", file=sys.stderr)
         print("  try: `hpc query hello` and `hpc logs serve` show what is wrong", file=sys.stderr)
-    return document, 1 if silent else 0
+    return document, 1 if silent or not shown else 0
 
 
 def _levels(options: argparse.Namespace) -> list[Level]:
@@ -169,7 +172,10 @@ def _keep(document: Mapping[str, Any], doors: Mapping[str, Doorway]) -> None:
                 print(f"not kept in {door.folder.path}: {error.strerror or error}", file=sys.stderr)
 
 
-def _show(document: Mapping[str, Any], options: argparse.Namespace) -> None:
+def _show(document: Mapping[str, Any], options: argparse.Namespace) -> bool:
+    """False where the plot could not be written: the figures are not lost with it."""
+    if not options.json:
+        view.bench(document, sys.stderr if options.plot == "-" else sys.stdout)
     if options.plot and document["endpoints"]:
         drawn = plot.draw(document)
         if options.plot == "-":
@@ -179,7 +185,7 @@ def _show(document: Mapping[str, Any], options: argparse.Namespace) -> None:
             try:
                 rundir.write_text(path, drawn)
             except OSError as error:
-                raise HpcError(f"{path}: {(error.strerror or str(error)).lower()}", hint="name another file") from None
+                print(f"error: {path}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+                return False
             print(f"drawn in {path}", file=sys.stderr)
-    if not options.json:
-        view.bench(document, sys.stderr if options.plot == "-" else sys.stdout)
+    return True

@@ -244,14 +244,20 @@ def tunnel(options: argparse.Namespace) -> int:
             print(f"  | {line}", file=sys.stderr)
         raise
     found = for_login(name or tunnels.me())
-    kept = tunnels.keep(for_login("LOGIN") if name else found, way.service.run)
     if options.json:
         _print_json("hpc.tunnel/1", **asdict(found))
     else:
         from hpc.login import steps
 
         sys.stdout.write(steps.text(found, time.time()))
-        print(f"\nthe same in {kept}, for you alone{', without the login name' if name else ''}", file=sys.stderr)
+    sys.stdout.flush()
+    try:
+        kept = tunnels.keep(for_login("LOGIN") if name else found, way.service.run)
+    except (OSError, UsageError) as error:  # a full home, or none
+        _chatter(f"\nnot kept for later: {error}")
+    else:
+        if not options.json:
+            _chatter(f"\nthe same in {kept}, for you alone{', without the login name' if name else ''}")
     return 0
 
 

@@ -18,6 +18,7 @@ from hpc.core.errors import HpcError
 from hpc.login import slurm
 from hpc.login.facts import MachineFacts, container_program
 from hpc.login.settings import Settings, load, locate
+from hpc.login.submit import NOT_IN_A_NAME
 
 _LOW_GB = 20
 _PTRACE = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -79,7 +80,7 @@ def _runs(settings: Settings) -> Check:
     while not there.exists():
         there = there.parent
     refused = {
-        "has a colon in its name": ":" in str(folder),
+        **{f"has a {word} in its name": letter in str(folder) for letter, word in NOT_IN_A_NAME.items()},
         "is no UTF-8 text": str(folder).encode(errors="ignore").decode() != str(folder),
         "cannot be written": not there.is_dir() or not os.access(there, os.W_OK),
     }

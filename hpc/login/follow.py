@@ -46,9 +46,9 @@ def wait(run: RunDir, stages: Sequence[str], out: IO[str]) -> int:
     if not bad:
         done = ", ".join(s.stage for s in rows if s not in serving)
         if done:
-            print(f"{run.id}: {done} completed", file=out)
+            _tell(out, f"{run.id}: {done} completed")
         for state in serving:
-            print(f"{run.id}/{state.stage} is ready on {state.endpoint}: hpc tunnel {run.id}/{state.stage}", file=out)
+            _tell(out, f"{run.id}/{state.stage} is ready on {state.endpoint}: hpc tunnel {run.id}/{state.stage}")
         return 0
     first = next((s for s in bad if s.state != "CANCELLED"), bad[0])
     return 8 if first.resumable and first.state in {"TIMEOUT", "PREEMPTED", "NODE_FAIL"} else 1
@@ -74,12 +74,20 @@ def _something_ended(run: RunDir, rows: Sequence[StageState]) -> bool:
 
 
 def _say_end(run: RunDir, state: StageState, out: IO[str]) -> None:
-    print(f"{run.id}/{state.stage}: {state.state}: {state.reason or 'no reason known'}", file=out)
+    _tell(out, f"{run.id}/{state.stage}: {state.state}: {state.reason or 'no reason known'}")
     ended = rundir.read_json(run.stage(state.stage).attempt(state.attempt).outcome) or {}
     for line in ended.get("log_tail", []):
-        print(f"  | {line}", file=out)
+        _tell(out, f"  | {line}")
     if state.hint:
-        print(f"  try: {state.hint}", file=out)
+        _tell(out, f"  try: {state.hint}")
+
+
+def _tell(out: IO[str], text: str) -> None:
+    """Print a line. Where nobody reads them any more (`hpc submit --wait 2>&1 | head`), the waiting goes on."""
+    try:
+        print(text, file=out, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 @contextmanager
@@ -91,8 +99,8 @@ def _display(out: IO[str]) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[said]}"))  # fmt: skip
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[said]}", markup=False))  # fmt: skip
     with Progress(*columns, console=Console(file=out)) as drawn:
         tasks: dict[str, object] = {}
 
@@ -123,7 +131,7 @@ def _lines(out: IO[str]) -> Show:
             state, when = last.get(s.stage, ("", 0.0))
             if s.state != state or (s.state == "RUNNING" and now - when >= _LINE_S):
                 last[s.stage] = (s.state, now)
-                print(text, file=out, flush=True)
+                _tell(out, text)
 
     return show
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hpc.core.errors import HpcError, Interrupted, NotReady, RuntimeUnavailable
+from hpc.core.errors import HpcError, Interrupted, NotReady, RuntimeUnavailable, UsageError
 from hpc.login import explain, opened, route, ssh, via
 from hpc.login.link import Guard, Link
 from hpc.login.route import Service
@@ -184,7 +184,10 @@ class Tunnel:
             link.forward(service.forwards(local))
             opened.forget(self._local)
             self._local = local
-        opened.note(self._local, service.token)
+        try:
+            opened.note(self._local, service.token)
+        except (OSError, UsageError) as error:  # a full home, or none
+            _say(f"other commands here cannot use the tunnel: {error}")
         deadline = time.monotonic() + _ANSWER_S
         while (why := self._problem()) is not None:
             if time.monotonic() > deadline or self._login.lost or link.lost:

@@ -20,6 +20,7 @@ from hpc.core.feeding import in_place
 from hpc.core.plan import Wish
 from hpc.core.site import Site
 from hpc.core.stage import Resources
+from hpc.node.launch import argument_without_secrets
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -152,7 +153,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             return tables
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint="HPC_CONFIG names the file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
         raise UsageError(f"{path} is not valid TOML: {error}", hint="see the example in the README") from error
 
 
@@ -316,6 +317,13 @@ def _checked(
                 raise msgspec.ValidationError("Expected a finite number")
             yield field, made
         except msgspec.ValidationError as error:
+            if typing.get_args(hint) == (str, str):  # `env`, whose values may be secrets
+                pairs = value.items() if isinstance(value, Mapping) else ()
+                wrong = next((k for k, v in pairs if not isinstance(v, str)), "NAME")
+                raise UsageError(
+                    f"{argument_without_secrets(where)}: {table}.{field} holds texts by their names, and nothing else",
+                    hint=f'{field} = {{ {wrong} = "…" }}',
+                ) from None
             raise UsageError(
                 f"{where}: {table}.{field} = {value!r} does not fit: {_plain(str(error))}",
                 hint=f"it must be {_type_words(hint)}",
@@ -382,5 +390,5 @@ def _nested(names: Sequence[str], value: Any) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

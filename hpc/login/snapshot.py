@@ -36,14 +36,18 @@ def copy(target: Path) -> None:
 
 
 def git_state(root: Path) -> tuple[dict[str, Any] | None, str]:
-    """(commit and whether it has changes, the uncommitted patch) of the user's project; (None, "") outside git."""
+    """(commit and whether it has changes, the uncommitted patch) of the user's project; (None, "") outside git.
+
+    `changed` is None where git did not tell in time.
+    """
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
         return None, ""
-    patch = _git(root, "diff", "HEAD", "--binary") or ""
+    patch = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-textconv", "--no-color")
     status = _git(root, "status", "--porcelain", "--untracked-files=normal") or ""
     untracked = [line[3:] for line in status.splitlines() if line.startswith("??")]
-    return {"commit": head.strip(), "changed": bool(patch), "untracked": untracked}, patch
+    changed = None if patch is None else bool(patch)
+    return {"commit": head.strip(), "changed": changed, "untracked": untracked}, patch or ""
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -98,6 +98,11 @@ class Timings:
     submitted: list[str] = field(default_factory=list)
 
 
+NOT_IN_A_NAME = {":": "colon", "%": "percent sign"}
+"""Of a run's folder: PYTHONPATH, by which the jobs find its code, is parted by the one; Slurm and submitit replace the
+other's words (%j)."""
+
+
 def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *, replace: bool = False) -> Submission:
     """Find the run that this plan continues, or the number of its new one, and place every stage in it.
 
@@ -108,11 +113,12 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *
     everything = list(runs.runs())
     found = _same(plan, everything, code)
     run = found or runs.next(target)
-    if ":" in str(run.path):  # PYTHONPATH is how the jobs find the run's code, and a colon parts its folders
-        raise UsageError(
-            f"the jobs cannot be given the run folder {run.path}: there is a colon in its name",
-            hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder without one",
-        )
+    for letter, word in NOT_IN_A_NAME.items():
+        if letter in str(run.path):
+            raise UsageError(
+                f"the jobs cannot be given the run folder {run.path}: there is a {word} in its name",
+                hint="set `runs` in hpc.toml (or HPC_RUNS) to a folder without one",
+            )
     str(run.path).encode()  # UnicodeEncodeError, which is told of, where no file of the run could name it
     standing = _standing(run, plan, everything, scheduler) if found else {}
     reused = {
@@ -274,7 +280,7 @@ def _write_run(work: Submission, settings: Settings) -> None:
             part.path.mkdir(parents=True)
             snapshot.copy(part.code)
             if patch:
-                rundir.write_text(part.patch, patch)
+                rundir.write_text(part.patch, patch, mode=0o600)  # of files that may have secrets
             rundir.write_json(part.run, _run_document(work, settings, git))
             part.path.rename(run.path)
         except (OSError, ValueError) as error:  # ValueError: a name that UTF-8 can't hold

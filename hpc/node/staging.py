@@ -283,13 +283,22 @@ def _helper_thread() -> Iterator[ThreadPoolExecutor]:
 
 def _make_room(folder: Path, size: int, limit: int) -> None:
     """Remove the longest unused images, never one in use, until this one fits under the limit and on the disk."""
-    for candidate in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime):
-        used = sum(p.stat().st_size for p in folder.glob("*.sif"))
+    for candidate in sorted(folder.glob("*.json"), key=lambda p: _look(p)[0]):
+        used = sum(_look(p)[1] for p in folder.glob("*.sif"))
         if used + size <= limit and _free(folder) >= size + _SPARE:
             return
         _forget(candidate.with_suffix(".sif"))
     if _free(folder) < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _look(path: Path) -> tuple[float, int]:
+    """Last use in s and size in bytes; zeros where another job has removed it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0.0, 0
+    return found.st_mtime, found.st_size
 
 
 def _free(folder: Path) -> int:
