@@ -173,6 +173,7 @@ def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["-c", "0"], ["-c", "x"], ["-c", "1", "--rate", "2"], ["--requests", "0"], ["--rate", "-1"],
         ["--requests", "1", "--duration", "1"], ["--slo", "ttft"], ["--slo", "x=1"], ["--plot", "x.png"],
+        ["--plot", "none/x.svg"],
         ["--plot", "-", "--json"], ["--warmup", "-1"], ["--url", "http://localhost:1", "serve-1"],
     ):  # fmt: skip
         assert bench(*words) == 2, words

@@ -12,7 +12,12 @@ from hpc.login.settings import load, locate
 
 @pytest.mark.parametrize(
     ("runs", "said"),
-    [("hpc.toml", "cannot be written"), ("a:b", "has a colon in its name"), ("caf\udce9", "is no UTF-8 text")],
+    [
+        ("hpc.toml", "cannot be written"),
+        ("a:b", "has a colon in its name"),
+        ("a%j", "has a percent sign in its name"),
+        ("caf\udce9", "is no UTF-8 text"),
+    ],
 )
 def test_run_folder_that_submit_refuses_is_missing(runs: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "hpc.toml").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 import tracemalloc
@@ -12,6 +13,7 @@ import pytest
 
 from hpc.core.rundir import AttemptDir
 from hpc.login import follow
+from hpc.login.states import StageState
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,28 @@ def test_following_ends_with_a_job_that_left_no_outcome(tmp_path: Path, monkeypa
     asked = iter([True, False])
     follow.logs(AttemptDir(tmp_path), io.StringIO(), lines=None, follow=True, active=lambda: next(asked))
     assert list(asked) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_brackets_of_a_message_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = Terminal()
+    with follow._display(out) as show:
+        for state, said in (("RUNNING", "see data/[new]/x.jsonl"), ("FAILED", "KeyError: '[/INST] not found'")):
+            show([StageState(run="r-1", stage="[b]a[/b]", state=state, key="k", scheduler="local",
+                             phase="running", message=said, reason=said)])  # fmt: skip
+    assert "[b]a[/b]" in out.getvalue()
+    assert "FAILED: KeyError: '[/INST] not found'" in out.getvalue()
+
+
+def test_waiting_goes_on_where_nobody_reads() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        show = follow._lines(out)
+        for state in ("PENDING", "RUNNING"):
+            show([StageState(run="r-1", stage="a", state=state, key="k", scheduler="local")])

@@ -383,7 +383,12 @@ def test_project_with_blanks_and_korean_letters_in_its_path(tmp_path: Path, pack
 
 @pytest.mark.parametrize(
     ("runs", "said"),
-    [("hpc.toml", "not a directory"), ("/proc/none", "cannot be written"), ("a:b", "a colon in its name")],
+    [
+        ("hpc.toml", "not a directory"),
+        ("/proc/none", "cannot be written"),
+        ("a:b", "a colon in its name"),
+        ("50%j", "a percent sign in its name"),
+    ],
 )
 def test_runs_folder_that_cannot_be_written_is_2(local: Local, runs: str, said: str) -> None:
     done = local.hpc("submit", "first", code=2, env={"HPC_RUNS": runs})

@@ -421,6 +421,18 @@ def test_set_of_what_is_not_set_this_way_is_not_ignored(settings: Load, text: st
     assert refusal(settings, "", text).hint == hint
 
 
+@pytest.mark.parametrize("text", ["site.env={T='hf_x', N=4}", "site.env='hf_x'", "site.env.HF_TOKEN=['hf_x']"])
+def test_secret_is_not_told_with_what_is_wrong(settings: Load, text: str) -> None:
+    refused = refusal(settings, "", text)
+    assert "site.env holds texts by their names" in refused.message
+    assert "hf_x" not in refused.message + refused.hint
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "x = " + "1" * 5000])
+def test_file_that_no_parser_takes_is_named(settings: Load, text: str) -> None:
+    assert "is not valid TOML" in refusal(settings, text).message
+
+
 def test_account_that_is_a_number_is_text(settings: Load) -> None:
     assert settings("", "site.account=12345").site.account == "12345"
 

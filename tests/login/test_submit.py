@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +425,11 @@ def test_name_that_is_not_utf_8_leaves_no_half_run(cluster: Cluster, monkeypatch
     with pytest.raises(UnicodeEncodeError):
         cluster.submit()
     assert cluster.runs == []
+
+
+def test_patch_of_the_project_is_for_its_owner_alone(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "git_state", lambda root: ({}, "a patch"))
+    assert stat.S_IMODE(cluster.submit().run.patch.stat().st_mode) == 0o600
 
 
 def test_secret_on_the_command_line_is_not_written_down(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,15 @@ def test_it_waits_and_then_prints_what_works(local: Local) -> None:
     local.hpc("cancel")
 
 
+def test_steps_are_shown_where_they_cannot_be_kept(local: Local) -> None:
+    local.hpc("submit", "echo", "--wait")
+    env = {"XDG_STATE_HOME": str(local.folder / "hpc.toml")}
+    said = local.hpc("tunnel", env=env)
+    assert "ssh -N -L localhost:9999:" in said.stdout
+    assert "not kept for later: " in said.stderr
+    assert json.loads(local.hpc("tunnel", "--json", env=env).stdout)["schema"] == "hpc.tunnel/1"
+
+
 def test_file_of_the_steps_is_private_and_has_no_login_name(local: Local) -> None:
     local.hpc("submit", "echo", "--wait")
     state = local.folder / "state"

@@ -314,6 +314,13 @@ def test_longest_unused_images_go_first_and_one_in_use_never(tmp_path: Path, mon
     assert there == {"used", "young"}
 
 
+def test_copy_that_another_job_has_just_removed_is_no_error(tmp_path: Path) -> None:
+    for name in ("a.json", "b.sif"):
+        (tmp_path / name).symlink_to("gone")
+    staging._make_room(tmp_path, 1, 0)
+    assert not (tmp_path / "a.json").is_symlink()
+
+
 def test_another_users_images_are_elsewhere(source: Path) -> None:
     assert target_of("/raid", "ab", 7) != target_of("/raid", "ab", 8)
 
