@@ -34,7 +34,9 @@ def report(options: argparse.Namespace) -> int:
     if options.output == "-":
         sys.stdout.write(text)
         return 0
-    path = Path(options.output) if options.output else run.report
+    path = Path(options.output).resolve() if options.output else run.report  # a link stays one
+    if path.is_dir():
+        raise UsageError(f"{options.output} is a folder", hint=f"hpc report {run.id} -o {options.output}/{run.id}.html")
     rundir.write_text(path, text.encode("utf-8", "replace").decode(), mode=0o600)
     print(path)
     return 0

@@ -44,6 +44,8 @@ def find(text: str, everything: Sequence[tuple[RunDir, Mapping[str, Any]]]) -> t
             raise NotFound(f"no run has a stage '{name}' yet", hint=f"`hpc submit {name}` starts one")
         return latest[0], name
     if name not in by_name:
+        if any(run.id == name for run, _ in runs().runs()):
+            raise NotFound(f"{name} is another user's run", hint=f"hpc status {name}")
         hint = did_you_mean(name, list(by_name)[:20]) if by_name else "`hpc submit pipeline` starts one"
         raise NotFound(f"there is no run '{name}' in {runs().path}", hint=hint)
     run, asked = by_name[name]

@@ -132,6 +132,22 @@ def test_what_is_not_known_is_left_out(run: RunDir) -> None:
         assert heading not in page.text
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["report", "pipeline-9"], 7), (["report", "--json", "-o", "x"], 2)])
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["report", "pipeline-9"], 7), (["report", "--json", "-o", "x"], 2), (["report", "-o", "/tmp"], 2)],
+)
 def test_what_cannot_be_reported(run: RunDir, argv: list[str], code: int) -> None:
     assert main(argv) == code
+
+
+def test_the_file_that_a_link_leads_to_is_written(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "link.html").symlink_to("page.html")
+    assert main(["report", "-o", str(tmp_path / "link.html")]) == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert "pipeline-1" in (tmp_path / "page.html").read_text()
+
+
+def test_run_of_somebody_else_is_said_to_be(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    rundir.write_json(run.run, {**(rundir.read_json(run.run) or {}), "uid": os.getuid() + 1})
+    assert main(["report", "pipeline-1"]) == 7
+    assert "pipeline-1 is another user's run" in capsys.readouterr().err
