@@ -240,7 +240,7 @@ class _Stream(_Other):
 
     def begin(self, message: bytes) -> tuple[bytes | None, bytes | None]:
         request = _messages().ModelInferRequest.FromString(message)
-        if self._door.busy:
+        if self._door.busy and request.id not in self._running:  # what is running may still be told to stop
             refused = _messages().ModelStreamInferResponse(error_message=self._door.busy)
             refused.infer_response.id = request.id
             return None, refused.SerializeToString()
