@@ -106,7 +106,7 @@ def check(config: GenerateConfig) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UsageError(f"generate.without: {pattern!r} is no regular expression: {error}") from error
-    if not any(True for file in config.prompts for _ in read(Path(file))):
+    if not sum(1 for file in config.prompts for _ in read(Path(file))):  # all of them: one that is broken is told now
         raise UsageError("generate.prompts holds no prompt")
 
 

@@ -60,7 +60,7 @@ class ServeConfig:
     queue_delay_us: int = 0
     """Microseconds that a request waits for others to be taken with."""
     queue_size: int = 0
-    """Requests that wait before new ones are refused; 0: any number."""
+    """Requests that wait, beside those that the engine works on, before new ones are refused; 0: any number."""
     kv_cache_fraction: float = 0.9
     """Of the GPU's free memory; without GPUs, of what engine and server leave of the job's."""
     kv_cache_tokens: int = 0
@@ -212,6 +212,11 @@ def _adapters(config: ServeConfig, engine: Path) -> dict[str, dict[str, Any]]:
     return {name: {"lora_name": name} for name in known}
 
 
+def most(config: ServeConfig) -> int:
+    """Requests that are let in at once; 0: any number. The door counts: models take all out of Triton's own queues."""
+    return config.queue_size and config.queue_size + (config.engine_batch_size or config.max_batch_size)
+
+
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
@@ -232,7 +237,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         postprocessing_instance_count=config.postprocessing_instances,
         bls_instance_count=config.bls_instances,
         max_queue_delay_microseconds=config.queue_delay_us,
-        max_queue_size=config.queue_size,
+        max_queue_size=most(config),
         engine_max_batch_size=config.engine_batch_size,
         stream_interval_ms=config.stream_interval_ms,
         max_seq_len=config.max_seq_len or 0,
@@ -300,7 +305,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
             repository=str(folder), stage=str(ctx.folder), own=own,
             shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
-            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={},
+            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={}, most=most(config),
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
             # llmapi starts the ranks of its own node by itself
             world=1 if config.engine == "llmapi" and not several else config.tp_size * config.pp_size,

@@ -35,7 +35,10 @@ class Template:
         """The text, and with `prompt` how an answer begins; ValueError where the template refuses the messages."""
         if self._template is None:
             raise ValueError("this model has no chat template: use /v1/completions")
-        words = {**self._tokens, **(extra or {}), "messages": messages, "add_generation_prompt": prompt}
+        words = {
+            "tools": None, "documents": None,  # as transformers has them: there are templates that ask for none
+            **self._tokens, **(extra or {}), "messages": messages, "add_generation_prompt": prompt,
+        }  # fmt: skip
         try:
             text: str = self._template.render(words)
         except Exception as failed:  # it is the model's own program, and works on what is asked

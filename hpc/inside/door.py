@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeAlias
 
@@ -28,6 +29,7 @@ _HOP_BY_HOP = frozenset(
 )  # fmt: skip
 WANTS_TOKEN = "this service asks for its token: `hpc tunnel` shows the address with it"
 ENDING = "this service is ending"
+FULL = "as many requests wait as may (serve.queue_size)"
 NESTED = "the body is nested too deeply"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -57,8 +59,8 @@ class Client:
 class Door:
     """In front of a server on this machine's loopback, `upstream`, whose engine model can be told to stop an id."""
 
-    def __init__(self, token: str, upstream: str, metrics: str = "", stop_model: str = "") -> None:
-        self.token, self.upstream, self.metrics = token, upstream, metrics
+    def __init__(self, token: str, upstream: str, metrics: str = "", stop_model: str = "", most: int = 0) -> None:
+        self.token, self.upstream, self.metrics, self._most = token, upstream, metrics, most
         self.ready = self.moved = self.closing = False
         """It has been; another has taken its place, but requests are still taken; they are taken no more."""
         self.figures = Figures()
@@ -66,11 +68,18 @@ class Door:
         self._session: Any = None
         self._cookie = "hpc-" + hashlib.sha256(token.encode()).hexdigest()[:8]  # ports share the cookies of their host
         self._telling: set[asyncio.Task[None]] = set()
+        self._ids: Counter[str] = Counter()
+        """Those of the requests at work: clients that number their own may have the same."""
 
     @property
     def running(self) -> int:
         """Requests for an answer of the model that have been let in and have not ended."""
         return self.figures.running
+
+    @property
+    def busy(self) -> str:
+        """Why no request is let in now, or ""."""
+        return ENDING if self.closing else FULL if 0 < self._most <= self.running else ""
 
     def app(self) -> Any:
         """The aiohttp application, without what answers at / and /v1."""
@@ -79,8 +88,9 @@ class Door:
         async def session(app: Any) -> AsyncIterator[None]:
             timeout = ClientTimeout(total=None, sock_connect=10)
             self._session = ClientSession(
-                timeout=timeout, connector=TCPConnector(limit=0), auto_decompress=False, read_bufsize=1 << 18
-            )
+                timeout=timeout, connector=TCPConnector(limit=0), auto_decompress=False, read_bufsize=1 << 18,
+                skip_auto_headers=("Accept-Encoding",),  # what comes compressed would be passed on so
+            )  # fmt: skip
             yield
             await self.close()
 
@@ -148,8 +158,6 @@ class Door:
         asks = request.method == "POST" and request.path.endswith(("/infer", "/generate", "/generate_stream"))
         if not asks:
             return await self._pass(request, address)
-        if self.closing:
-            return closing()
         body = await request.read()
         number = ""
         if not request.path.endswith("/infer"):
@@ -157,6 +165,8 @@ class Door:
                 number, body = _with_id(body)
             except RecursionError:
                 return error(400, NESTED, "invalid_request_error")
+        if self.busy:
+            return unavailable(self.busy)
         return await self.follow(request, address, body, number)
 
     async def follow(self, request: Request, address: str, body: bytes, number: str) -> Response:
@@ -199,11 +209,13 @@ class Door:
         request as running for ever. Where the engine cannot be told, the connection is given up.
         """
         client = Client(request)
+        self.count(number, 1)
         watch = asyncio.ensure_future(self._watch(client, number))
         try:
             yield client
         finally:
             watch.cancel()
+            self.count(number, -1)
             if client.answer is not None:
                 client.answer.release()
 
@@ -215,10 +227,21 @@ class Door:
         elif client.answer is not None:
             client.answer.close()
 
+    def count(self, number: str, more: int) -> None:
+        """So many more requests with this id are at work."""
+        self._ids[number] += more
+        if not self._ids[number]:
+            del self._ids[number]
+
     def stop(self, number: str) -> bool:
-        """Tell the engine that nobody waits for this request's answer any more; False where it cannot be told."""
+        """Tell the engine that nobody waits for this request's answer any more; False where it cannot be told.
+
+        Where another request has the same id, it is not told: it might end that one.
+        """
         if not number or not self._stop_model:
             return False
+        if self._ids[number] > 1:
+            return True
         task = asyncio.ensure_future(self._tell(number))
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
@@ -264,7 +287,7 @@ class Door:
             ) as answer:
                 return web.Response(status=answer.status, body=await answer.read(), headers=_headers(answer.headers))
         except (ClientError, OSError, RuntimeError):  # RuntimeError: given up already
-            return closing() if self.closing else error(502, "Triton does not answer", "server_error")
+            return unavailable(ENDING) if self.closing else error(502, "Triton does not answer", "server_error")
 
 
 def _url(address: str) -> Any:
@@ -295,10 +318,10 @@ def new_id() -> str:
     return secrets.token_hex(12)
 
 
-def closing() -> Response:
-    """To whoever asks while the service ends."""
-    answer = error(503, ENDING, "unavailable")
-    answer.headers["Retry-After"] = "30"
+def unavailable(why: str) -> Response:
+    """To whoever asks while the service ends, or is full."""
+    answer = error(503, why, "unavailable")
+    answer.headers["Retry-After"] = "30" if why == ENDING else "1"
     return answer
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.inside.chat import Template
-from hpc.inside.door import HEADERS, NESTED, Door, Request, Response, closing, error, new_id
+from hpc.inside.door import HEADERS, NESTED, Door, Request, Response, error, new_id, unavailable
 from hpc.inside.figures import Request as Counted
 
-_LARGEST_SEED = (1 << 63) - 1
+_LARGEST, _LARGEST_SEED = (1 << 31) - 1, (1 << 63) - 1
 _REFUSED = {
     "n": 1, "best_of": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
     "tools": None, "functions": None, "logit_bias": None, "echo": False, "suffix": None, "min_p": 0, "typical_p": 1,
@@ -75,8 +76,14 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         words.update(temperature=temperature, top_p=top_p)
         words["top_k"] = _whole(body.get("top_k") or 0, "top_k", 0)
     if body.get("seed") is not None:
-        words["random_seed"] = _whole(body["seed"], "seed", 0) & _LARGEST_SEED
+        words["random_seed"] = _whole(body["seed"], "seed", 0, _LARGEST_SEED)
+    elif words["top_k"] != 1:
+        words["random_seed"] = secrets.randbits(63)  # TensorRT-LLM's own is the same for every request
     stops, bad = (_texts(body, name) for name in ("stop", "bad_words"))
+    try:
+        "".join([prompt, *stops, *bad]).encode()
+    except UnicodeEncodeError:
+        raise Invalid("a text holds half of a \\u surrogate pair") from None
     more = {
         "stop_words": stops,
         "bad_words": bad,
@@ -107,9 +114,9 @@ def _number(body: Mapping[str, Any], name: str, default: float, low: float, high
     return float(value)
 
 
-def _whole(value: Any, name: str, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 63:
-        raise Invalid(f"{name} must be a whole number, {low} or more", name)
+def _whole(value: Any, name: str, low: int, high: int = _LARGEST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise Invalid(f"{name} must be a whole number from {low} to {high}", name)
     return value
 
 
@@ -193,8 +200,6 @@ class Api:
         return await self._answer(request, words, chat=False)
 
     async def _answer(self, request: Request, make: Any, *, chat: bool) -> Response:
-        if self._door.closing:
-            return closing()
         if self._served.echoes:
             told = "answers of this service begin with the prompt (serve.exclude_input = false): ask Triton's own API"
             return error(501, told, "not_implemented")
@@ -210,6 +215,8 @@ class Api:
             return error(400, NESTED, "invalid_request_error")
         except ValueError as wrong:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
+        if self._door.busy:
+            return unavailable(self._door.busy)
         form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.cumulative)
         with self._door.figures.request() as one:
             try:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from hpc.core.errors import HpcError
 from hpc.inside import pump
-from hpc.inside.door import ENDING, WANTS_TOKEN, Door, new_id
+from hpc.inside.door import WANTS_TOKEN, Door, new_id
 from hpc.inside.figures import Request as Counted
 
 Call: TypeAlias = Any
@@ -100,8 +100,8 @@ class _Every:
         try:
             await asyncio.wait({outward, inward}, return_when=asyncio.FIRST_COMPLETED)
             failed = outward.exception() if outward.done() and not call.done() else None
-            if isinstance(failed, _Ending):
-                await context.abort(grpc.StatusCode.UNAVAILABLE, ENDING)
+            if isinstance(failed, _Busy):
+                await context.abort(grpc.StatusCode.UNAVAILABLE, str(failed))
             if failed is not None:  # a message that is none
                 await call.done_writing()
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(failed))
@@ -127,7 +127,7 @@ async def _rest(outward: asyncio.Task[None], inward: asyncio.Task[None], request
     requests.over()
 
 
-class _Ending(Exception):
+class _Busy(Exception):
     """A request that came when none is let in any more."""
 
 
@@ -207,10 +207,12 @@ class _Other:
     def _let_in(self, number: str, asked: bool = False) -> None:
         if number not in self._running:
             self._door.figures.running += 1
+            self._door.count(number, 1)
         self._running[number] = asked
 
     def _is_over(self, number: str, *, failed: bool = False, left: bool = False) -> None:
         if self._running.pop(number, None) is not None:
+            self._door.count(number, -1)
             one = Counted()
             one.failed, one.left = failed, left
             self._door.figures.end(one)
@@ -220,8 +222,8 @@ class _Single(_Other):
     """ModelInfer: one request, one answer."""
 
     def begin(self, message: bytes) -> tuple[bytes | None, bytes | None]:
-        if self._door.closing:
-            raise _Ending
+        if self._door.busy:
+            raise _Busy(self._door.busy)
         request = _messages().ModelInferRequest.FromString(message)
         if not request.id:
             request.id = new_id()
@@ -238,8 +240,8 @@ class _Stream(_Other):
 
     def begin(self, message: bytes) -> tuple[bytes | None, bytes | None]:
         request = _messages().ModelInferRequest.FromString(message)
-        if self._door.closing:
-            refused = _messages().ModelStreamInferResponse(error_message=ENDING)
+        if self._door.busy and request.id not in self._running:  # what is running may still be told to stop
+            refused = _messages().ModelStreamInferResponse(error_message=self._door.busy)
             refused.infer_response.id = request.id
             return None, refused.SerializeToString()
         if not request.id:

@@ -61,6 +61,8 @@ class Settings:
     ready_s: float
     drain_s: float
     end_s: float
+    most: int = 0
+    """Requests that are let in at once; 0: any number."""
     world: int = 1
     """Ranks on this node, which mpirun starts."""
     meeting: str = ""
@@ -99,7 +101,7 @@ async def _serve(settings: Settings) -> int:
     server = Triton(argv, env, Path(settings.own) / "pid")
     if settings.meeting:
         server.others = Meeting(Path(settings.meeting), 0, settings.world)
-    door = Door(token, f"http://{at['http']}", f"http://{at['metrics']}", settings.stop_model)
+    door = Door(token, f"http://{at['http']}", f"http://{at['metrics']}", settings.stop_model, settings.most)
     app = door.app()
     served = Served(**settings.served)
     Api(door, served, Template(Path(settings.tokenizer))).add_to(app)

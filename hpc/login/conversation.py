@@ -36,10 +36,14 @@ class Conversation:
     """So many of the oldest turns the model is no longer told."""
 
     def messages(self) -> list[dict[str, str]]:
-        """For the model: without thoughts, which its template would leave out, too."""
+        """For the model: without thoughts, which its template would leave out, too; with questions that have answers.
+
+        Many a template refuses two questions after each other.
+        """
         found = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[self.left_out :]:
-            found.append({"role": "user", "content": turn.question})
+            if turn.said or turn is self.turns[-1]:
+                found.append({"role": "user", "content": turn.question})
             if turn.said:
                 found.append({"role": "assistant", "content": turn.said})
         return found

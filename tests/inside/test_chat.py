@@ -43,6 +43,13 @@ def test_a_template_cannot_do_harm(tmp_path: Path, text: str) -> None:
         Template(tmp_path).render(ASKED)
 
 
+def test_who_asks_whether_there_are_tools_hears_none(tmp_path: Path) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{% if tools is not none %}{{ tools | tojson }}{% endif %}{{ documents is none }}")
+    assert Template(tmp_path).render(ASKED) == "True"
+    assert Template(tmp_path).render(ASKED, {"tools": ["x"]}) == '["x"]True'
+
+
 def test_what_is_asked_for_beside_cannot_replace_the_messages(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }} {{ add_generation_prompt }} {{ self }}")
     extra = {"messages": [], "add_generation_prompt": False, "self": 1}

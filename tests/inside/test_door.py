@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from hpc.inside.chat import Template
-from hpc.inside.door import Door
+from hpc.inside.door import FULL, Door
 from hpc.inside.openai import Api, Served
 
 pytestmark = [pytest.mark.train, pytest.mark.extras]
@@ -28,19 +29,28 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def asked(
-    path: str, *headers: bytes, body: bytes = b"", triton: bytes = b"", **served: Any
+    path: str,
+    *headers: bytes,
+    body: bytes = b"",
+    triton: bytes | Callable[[bytes], bytes] = b"",
+    running: int = 0,
+    **served: Any,
 ) -> tuple[int, dict[str, Any], Door]:
-    """(status, the answer's JSON, the door) for a request with these very bytes; `triton` is what the stub answers."""
+    """(status, the answer's JSON, the door) for a request with these very bytes.
+
+    `triton` is what the stub answers, or makes of the request's head; so many of two requests run already.
+    """
     from aiohttp import web
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(triton)
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(triton if isinstance(triton, bytes) else triton(head))
         writer.close()
 
     async def ask() -> tuple[bytes, Door]:
         upstream = await asyncio.start_server(answer, "127.0.0.1", 0)
-        door = Door(TOKEN, f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}")
+        door = Door(TOKEN, f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}", most=2)
+        door.figures.running = running
         app = door.app()
         template = Template(None, text="{{ messages[0].content }}{{ 1 + x if x is defined }}")
         Api(door, Served(name="m", target="m", max_tokens=5, **served), template).add_to(app)
@@ -63,7 +73,7 @@ def asked(
 
     came, door = asyncio.run(asyncio.wait_for(ask(), 20))
     head, _, text = came.partition(b"\r\n\r\n")
-    return int(head.split()[1]), json.loads(text), door
+    return int(head.split()[1]), json.loads(text[text.find(b"{") : text.rfind(b"}") + 1]), door  # it may be in chunks
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,36 @@ def test_a_server_that_answers_nothing_is_a_failure_and_no_client_that_left(answ
 
 def event(**words: Any) -> bytes:
     return b"HTTP/1.1 200 OK\r\n\r\ndata: " + json.dumps(words).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/m/generate", "/v2/models/m/infer"])
+def test_a_request_more_than_may_wait_is_refused(path: str) -> None:
+    body, one = b'{"prompt": "x"}', event(text_output="x")
+    assert asked(path, WITH_TOKEN, body=body, running=2, triton=one)[:2] == (
+        503,
+        {"error": {"message": FULL, "type": "unavailable", "param": None, "code": 503}},
+    )
+    code, _, door = asked("/v1/completions", WITH_TOKEN, body=body, running=1, triton=one)
+    assert (code, door.running) == (200, 1)
+
+
+def test_what_triton_would_compress_comes_as_it_is() -> None:
+    def infer(head: bytes) -> bytes:
+        said = b'{"outputs": []}'
+        packed = b"gzip" in head
+        answer = b"HTTP/1.1 200 OK\r\n" + (b"Content-Encoding: gzip\r\n" if packed else b"") + b"\r\n"
+        return answer + (gzip.compress(said) if packed else said)
+
+    for more in ((), (b"Accept-Encoding: gzip",)):
+        code, said, _ = asked("/v2/models/m/infer", WITH_TOKEN, *more, body=b"{}", triton=infer)
+        assert (code, said) == (200, {"outputs": []})
+
+
+def test_half_of_a_character_is_the_clients_mistake() -> None:
+    for path, body in (("completions", rb'{"prompt": "\ud83d"}'),
+                       ("chat/completions", rb'{"messages": [{"role": "user", "content": "\ud83d"}]}')):  # fmt: skip
+        code, said, _ = asked(f"/v1/{path}", WITH_TOKEN, body=body)
+        assert (code, "surrogate pair" in said["error"]["message"]) == (400, True)
 
 
 def test_a_full_queue_is_no_mistake_of_the_clients() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from hpc.inside import door, openai, rpc
+from hpc.inside.door import Door
 from hpc.inside.openai import Invalid, Served
 
 SERVED = Served(name="m", target="ensemble", max_tokens=99)
@@ -22,7 +24,9 @@ def words(**body: Any) -> dict[str, Any]:
 
 
 def test_defaults_are_openais() -> None:
-    assert words() == {
+    found = words()
+    assert 0 <= found.pop("random_seed") < 1 << 63
+    assert found == {
         "text_input": "text", "max_tokens": 99, "stream": True, "add_special_tokens": False,
         "temperature": 1.0, "top_p": 1.0, "top_k": 0,
     }  # fmt: skip
@@ -31,6 +35,19 @@ def test_defaults_are_openais() -> None:
 def test_temperature_zero_is_greedy() -> None:
     assert words(temperature=0, top_p=0.5)["top_k"] == 1
     assert "temperature" not in words(temperature=0)
+
+
+def test_who_names_no_seed_gets_another_one_each_time() -> None:
+    assert len({words()["random_seed"] for _ in range(3)}) == 3
+    assert words(seed=(1 << 63) - 1)["random_seed"] == (1 << 63) - 1
+    assert "random_seed" not in words(temperature=0)
+
+
+def test_half_of_a_character_is_refused() -> None:
+    for prompt, more in (("\ud83d", {}), ("x", {"stop": ["\ud83d"]}), ("x", {"bad_words": "a\ude00"})):
+        with pytest.raises(Invalid, match=r"half of a \\u surrogate pair"):
+            openai.words_for(more, prompt, SERVED, special=None)
+    assert words(stop="🙂")["stop_words"] == ["🙂"]
 
 
 def test_fields_find_their_place() -> None:
@@ -52,7 +69,8 @@ def test_fields_find_their_place() -> None:
         ("repetition_penalty", 0), ("min_tokens", "1"), ("bad_words", [1]), ("max_completion_tokens", 0),
         ("presence_penalty", 0.5), ("tools", [{"type": "function"}]), ("logprobs", True), ("echo", True),
         ("temperature", -1), ("temperature", "hot"), ("temperature", True), ("top_p", 2), ("max_tokens", 0),
-        ("max_tokens", "5"), ("max_tokens", 1 << 80), ("seed", -1), ("stop", 5), ("stop", ["x"] * 17),
+        ("max_tokens", "5"), ("max_tokens", 1 << 80), ("max_tokens", (1 << 32) + 5), ("seed", -1), ("seed", 1 << 63),
+        ("top_k", 1 << 31), ("min_tokens", 1 << 31), ("stop", 5), ("stop", ["x"] * 17),
         ("response_format", {"type": "json_object"}), ("response_format", "json"),
     ],
 )  # fmt: skip
@@ -105,3 +123,60 @@ def test_grpc_counts_the_tokens_that_the_model_says() -> None:
     alone = SimpleNamespace(outputs=names[:1], raw_output_contents=[b"\x01\0\0\0x"])
     empty = SimpleNamespace(outputs=[], raw_output_contents=[])
     assert [rpc._tokens(answer) for answer in (several, alone, empty)] == [7, 1, 0]
+
+
+class Told(Door):
+    """A door whose engine keeps what it is told to stop."""
+
+    def __init__(self, most: int = 0) -> None:
+        super().__init__("t", "http://nowhere", stop_model="m", most=most)
+        self.told: list[str] = []
+
+    async def _tell(self, number: str) -> None:
+        self.told.append(number)
+
+
+def test_a_client_that_leaves_ends_no_other_request_with_its_id() -> None:
+    def client(*, closing: bool) -> Any:
+        return SimpleNamespace(transport=SimpleNamespace(is_closing=lambda: closing))
+
+    async def check() -> None:
+        for other_by_grpc in (False, True):
+            door, other = Told(), None
+            if other_by_grpc:
+                other = rpc._Other(door)
+                other._let_in("1")
+            async with door.client(client(closing=False), "1" if other is None else "2"):
+                async with door.client(client(closing=True), "1"):
+                    await asyncio.sleep(0.05)
+                if other is None:
+                    leaving = rpc._Other(door)
+                    leaving._let_in("1")
+                    assert leaving.leave(answered=False), "its answer is read to the end, as if the engine were told"
+                    leaving.over()
+            await asyncio.sleep(0)
+            assert door.told == []
+            if other is not None:
+                assert other.leave(answered=False)
+                other.over()
+            async with door.client(client(closing=True), "1"):
+                await asyncio.sleep(0.05)
+            assert door.told == (["1"] if other is None else ["1", "1"])
+            assert not door._ids
+
+    asyncio.run(check())
+
+
+def test_a_request_more_than_may_wait_is_refused_by_grpc_too() -> None:
+    async def check() -> None:
+        door = Told(most=2)
+        one = rpc._Single(door)
+        for number in "12":
+            assert not door.busy
+            one._let_in(number)
+        with pytest.raises(rpc._Busy, match=r"as many requests wait as may \(serve.queue_size\)"):
+            one.begin(b"")
+        one.over()
+        assert not door.busy
+
+    asyncio.run(check())

@@ -58,6 +58,12 @@ def test_the_five_models_with_the_labs_settings(tmp_path: Path, engine: str) -> 
     assert models["tensorrt_llm"]["dynamic_batching"][0]["max_queue_delay_microseconds"] == ["5"]
 
 
+def test_tritons_own_queues_refuse_nothing_that_the_door_lets_in() -> None:
+    found = [serve.most(serve.ServeConfig(max_batch_size=8, queue_size=n, engine_batch_size=b)) for n, b in
+             ((0, 0), (0, 2), (6, 0), (6, 2))]  # fmt: skip
+    assert found == [0, 0, 14, 8]
+
+
 def test_the_engine_backend_has_what_was_set_and_nothing_else(tmp_path: Path) -> None:
     found = config(render(tmp_path, "tensorrt_llm"), "tensorrt_llm")
     parameters = {p["key"][0]: p["value"][0]["string_value"][0] for p in found["parameters"]}

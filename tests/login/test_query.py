@@ -19,6 +19,7 @@ from hpc.core.errors import HpcError, NotReady, UsageError
 from hpc.login import answers, cli, doorway, opened
 from hpc.login import question as words
 from hpc.login.chat import Chat
+from hpc.login.conversation import Conversation, Turn
 from hpc.login.question import Question, Sampling, TooLong
 from hpc.login.thoughts import Thoughts, split
 from tests.support.door import TOKEN, Reply, Stub, chunk, stream
@@ -415,6 +416,14 @@ def test_lines_that_come_at_once_were_pasted_where_the_editor_does_not_tell() ->
     shown.until("['first\\nsecond\\nthird', 'later']")
     assert shown.end() == 0
     shown.hang_up()
+
+
+def test_questions_without_an_answer_are_told_no_more() -> None:
+    """Many a template refuses two questions after each other."""
+    talk = Conversation("be brief", [Turn("stopped"), Turn("thought", "<think>hm</think>"), Turn("said", "yes")])
+    talk.turns.append(Turn("now"))
+    assert [m["content"] for m in talk.messages()] == ["be brief", "said", "yes", "now"]
+    assert [t["question"] for t in talk.document()["turns"]] == ["stopped", "thought", "said", "now"]
 
 
 def test_a_service_that_was_started_again_is_found_again(stub: Any) -> None:

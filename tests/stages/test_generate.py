@@ -301,6 +301,7 @@ def test_prompts_are_read(tmp_path: Path, name: str, text: str, found: list[str]
         ("{", {}, "a.jsonl line 1: not valid JSON"),
         ('{"text": "x"}', {}, "a.jsonl line 1: no prompt in it"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', {}, "line 1: 'content' must be a text"),
+        ('{"prompt": "x"}\n{"prompt": "a\\ud83d"}', {}, "a.jsonl line 2 holds half of a \\u surrogate pair"),
         ("", {}, "holds no prompt"),
         (None, {}, "cannot read"),
         ('{"prompt": "x"}', {"template": "hello"}, "template lacks {prompt}"),

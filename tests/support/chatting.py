@@ -51,8 +51,34 @@ def main(url: str, question: str, folder: str) -> None:
         browser.find_element(By.ID, "text").send_keys(question, Keys.ENTER)
         wait.until(lambda b: b.find_elements(By.CLASS_NAME, "note"))
         _picture(browser, folder, "dark")
+        found["fresh"] = _fresh(browser)
         found["errors"] = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     print(json.dumps(found))
+
+
+HALF = """
+const sent = window.sent = [], part = 'data: {"choices":[{"delta":{"content":"half"}}]}\\n\\n';
+window.fetch = async (_, options) => {
+  sent.push(JSON.parse(options.body).messages);
+  return new Response(new ReadableStream({start(to) {
+    to.enqueue(new TextEncoder().encode(part));
+    options.signal.addEventListener("abort", () => to.error(new DOMException("", "AbortError")));
+  }}));
+};
+"""
+"""A STUB of a service that never comes to the end of an answer."""
+
+
+def _fresh(browser: webdriver.Chrome) -> list[str]:
+    """What is sent of a chat that was begun anew in the middle of an answer."""
+    wait, text = WebDriverWait(browser, 60), browser.find_element(By.ID, "text")
+    browser.execute_script(HALF)
+    for question in ("old", "new"):
+        browser.find_element(By.ID, "new").click()
+        wait.until(lambda b: b.find_element(By.ID, "send").is_displayed())
+        text.send_keys(question, Keys.ENTER)
+        wait.until(lambda b: [said for said in b.find_elements(By.CLASS_NAME, "said") if said.text == "half"])
+    return [message["content"] for message in browser.execute_script("return sent[1]")]
 
 
 def _slow(browser: webdriver.Chrome, latency_ms: int) -> None:

@@ -13,6 +13,8 @@ class TritonPythonModel:
         parameters = {k: v["string_value"] for k, v in json.loads(args["model_config"])["parameters"].items()}
         folder = Path(parameters["tokenizer_dir"])
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()  # training may have left both in the file
+        self.tokenizer.no_padding()
         self.special = parameters["add_special_tokens"] == "true"
         self.max_tokens = int(parameters["default_max_tokens"])
         self.end, self.pad = _ends(folder, self.tokenizer)
