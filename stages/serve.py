@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.core import engines, passport, rundir
+from hpc.core import division, engines, passport, rundir
 from hpc.core.division import KvCache, Quantization
 from hpc.core.errors import Refused, UsageError
 from hpc.core.stage import Around, Context, Input, Resources, Stage
@@ -134,12 +134,8 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         _refuse_for_llmapi(config)
     notes = engines.judged("serve", config, around)
     world = config.tp_size * config.pp_size
-    nodes = config.nodes or math.ceil(world / (around.node_gpus or world))
-    if world % nodes or (around.node_gpus is not None and world // nodes > around.node_gpus):
-        raise Refused(
-            f"serve: {world} ranks cannot be divided among {nodes} nodes of {around.node_gpus or world} GPUs",
-            hint="build.nodes says on how many; 0: as few as there must be",
-        )
+    card = around.card.card if around.card else None
+    nodes = division.nodes("serve", card, around.node_gpus, engines.way_of(config), config.nodes)
     if nodes > 1:
         whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
         notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")

@@ -192,6 +192,27 @@ def tp_domain(card: Card | None, node_gpus: int | None) -> int | None:
     return None if card is None else max(card.nvlink, 8)
 
 
+def nodes(stage: str, card: Card | None, node_gpus: int | None, way: Division, asked: int = 0) -> int:
+    """On how many nodes the ranks run: `asked`, or (0) as few as hold them with what tensor parallelism joins on one.
+
+    Refused where `asked` can't be. NVL72 joins GPUs across nodes.
+    """
+    joined = card is not None and card.nvlink > 8
+
+    def works(count: int) -> bool:
+        each, rest = divmod(way.world, count)
+        return not rest and each <= (node_gpus or each) and (joined or each % way.tp == 0)
+
+    fewest = next((count for count in range(1, way.world + 1) if works(count)), way.world)
+    if asked and not works(asked):
+        raise Refused(
+            f"{stage}: {way.world} ranks cannot be divided among {asked} nodes of {node_gpus or way.world} GPUs"
+            + (f" with tp_size {way.tp} of them together on one" if way.tp > 1 and not joined else ""),
+            hint=f"build.nodes = {fewest} is the least that works; 0: as few as there must be",
+        )
+    return asked or fewest
+
+
 def slow(card: Card | None, way: Division) -> str:
     """A warning where tensor parallelism goes over PCIe, which works, but slowly."""
     if card is None or card.slice or way.tp <= card.nvlink:

@@ -284,12 +284,19 @@ def test_an_engine_of_more_gpus_than_a_node_has_is_served_on_as_few_nodes_as_hol
     assert (alone.resources.nodes, alone.resources.tasks_per_node, alone.resources.exclusive) == (1, 1, False)
     script = batch_parameters(alone, RunDir(Path("/r/serve-1")), 90, "comment")
     assert script["srun_args"] == ["--cpus-per-task=8"]
-    (shared,) = serving(tp_size=4, pp_size=2, nodes=4, private=False).stages
+    (shared,) = serving(tp_size=2, pp_size=4, nodes=4, private=False).stages
     assert (shared.resources.nodes, shared.resources.gpus_per_node, shared.resources.exclusive) == (4, 2, False)
+    with pytest.raises(Refused, match="asks for 5 nodes, and partition 'batch' has 4"):
+        serving(tp_size=4, pp_size=5)  # 4 nodes of 5 ranks would part a group
+    with pytest.raises(Refused, match="8 ranks cannot be divided among 2 nodes of 8 GPUs with tp_size 8 of them") as no:
+        serving(tp_size=8, nodes=2)
+    assert "build.nodes = 1 is the least" in no.value.hint
     with pytest.raises(Refused, match="16 ranks cannot be divided among 3 nodes"):
         serving(tp_size=8, pp_size=2, nodes=3)
     with pytest.raises(Refused, match="build: 16 ranks cannot be divided among 3 nodes"):
         both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=3)
+    with pytest.raises(Refused, match="build: 32 ranks cannot be divided among 2 nodes of 8 GPUs"):
+        both(world=facts(LLAMA_70B), tp_size=8, pp_size=4, nodes=2)
 
 
 def test_llmapi_makes_nothing_smaller_than_the_models_files() -> None:
