@@ -97,7 +97,7 @@ def container(config: ServeConfig) -> str:
 
 
 def resources(config: ServeConfig) -> Resources:
-    """A guess on the safe side of a 7 B model."""
+    """Where the model's shape is not known: guesses, on GPUs on the safe side of a 7 B model."""
     if config.engine == "onnxruntime_genai":
         return Resources(cpus_per_task=8, mem_gb=16, time_min=240)
     world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
@@ -128,7 +128,7 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
 
         matching.refuse_early(Path(config.engine_dir), config, around.versions)
     if config.engine == "onnxruntime_genai":
-        return asked, ()
+        return _on_cpu(config, asked, around), ()
     if config.engine == "llmapi":
         _refuse_for_llmapi(config)
     notes = engines.judged("serve", config, around)
@@ -139,6 +139,27 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
         whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
         notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")
     return _divided(asked, world, nodes, config.private), notes
+
+
+def _on_cpu(config: ServeConfig, asked: Resources, around: Around) -> Resources:
+    """With memory for the engine and the cache of some requests; Refused where the user's does not suffice."""
+    from hpc.inside import kvbudget
+
+    if config.engine_dir is not None:
+        files, each = kvbudget.sizes(Path(config.engine_dir))
+    elif around.shape is not None and around.shape.understood:
+        files, each = kvbudget.expected(around.shape, config.quantization)
+    else:
+        return asked
+    enough = kvbudget.enough(files, each, config.kv_cache_tokens or engines.LONGEST, config.kv_cache_fraction)
+    least, given = kvbudget.least(files), around.given.get("mem_gb")
+    if given is not None and given <= least and around.site.scheduler == "slurm" and around.site.mem:
+        raise Refused(
+            f"serve: {given} GiB of memory do not suffice for an engine of {files / division.GIB:.1f} GiB on the CPU,"
+            f" which takes {least:.1f} GiB with its server",
+            hint=f'set serve.resources.mem_gb to {enough} or more, or leave it out; an engine of "int4" takes less',
+        )
+    return replace(asked, mem_gb=max(asked.mem_gb, enough))
 
 
 def _refuse_for_llmapi(config: ServeConfig) -> None:

@@ -206,7 +206,9 @@ def _one(
     remarks: tuple[str, ...] = ()
     asked = stage.resources(config)
     if stage.size is not None:
-        known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
+        known = dataclasses.replace(
+            around, inputs=tuple(s.name for s in sources), versions=environment.versions, given=wish.overrides
+        )
         asked, remarks = stage.size(config, known)
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks
