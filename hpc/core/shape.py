@@ -140,7 +140,7 @@ def read(config: Mapping[str, Any]) -> Shape | None:
             head_dim=head_dim,
             intermediate=expert if sparse == layers else intermediate,
             vocab=int(config["vocab_size"]),
-            positions=int(config.get("max_position_embeddings") or 2048),
+            positions=_positions(config),
             tied=bool(config.get("tie_word_embeddings", architecture.startswith("Gemma"))),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             experts=experts,
@@ -152,10 +152,22 @@ def read(config: Mapping[str, Any]) -> Shape | None:
             understood=not _strange(config, latent),
             quantized=bool(config.get("quantization_config") or config.get("compression_config")),
         )
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, ZeroDivisionError):
         return None
 
 
+def _positions(config: Mapping[str, Any]) -> int:
+    """Where positions are stretched, the longest text is; Llama 3's, LongRoPE's and Gemma's figures say it already."""
+    made_for = int(config.get("max_position_embeddings") or 2048)
+    turning = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = turning.get("rope_type") or turning.get("type")
+    if kind not in _STRETCHED or str(config.get("model_type", "")).startswith("gemma"):
+        return made_for
+    plain = int((kind == "yarn" and turning.get("original_max_position_embeddings")) or made_for)
+    return max(made_for, int(plain * float(turning.get("factor") or 1)))
+
+
+_STRETCHED = ("linear", "dynamic", "yarn")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _KNOWN = {
     *_EXPERTS, "n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "moe_intermediate_size",
@@ -202,8 +214,10 @@ def _further(
     head_dim: int,
     latent: Latent | None,
 ) -> int:
-    """Per layer: Qwen2's biases of q, k and v, Llama's where it has them, Qwen3's, Gemma's and DeepSeek's further norms;
-    all that gpt-oss has, and the gate of Qwen2's shared expert."""
+    """Per layer: Qwen2's biases of q, k and v, Llama's where it has them, Qwen3's and Gemma's further norms.
+
+    And DeepSeek's norms, all that gpt-oss has, and the gate of Qwen2's shared expert.
+    """
     if latent is not None:
         return latent.query_rank + latent.rank
     values = hidden if config.get("shared_expert_intermediate_size") else 0

@@ -20,7 +20,7 @@ from hpc.core.stage import Resources, Stage
 from hpc.login.place import batch_parameters, ranks_of
 
 from .fakes import FakeFacts, make, partition, wish
-from .test_shape import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_3_70B, LLAMA_7B, LLAMA_70B, QWEN3_30B_A3B
+from .test_shape import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_3_70B, LLAMA_7B, LLAMA_70B, QWEN3_30B_A3B, QWEN_7B
 
 DGX = Site(name="dgx", scheduler="slurm", partition="batch", gres="gpu:a100", gpu="a100-80")
 CPU = Site(name="local", gpus="none")
@@ -137,6 +137,13 @@ def test_what_cannot_be_divided_is_refused_before_the_queue() -> None:
 def test_limits_of_requests_are_judged_by_build() -> None:
     error = refusal(max_seq_len=8192)
     assert error.message.startswith("build: max_seq_len 8192 is more than the 4096 tokens")
+
+
+def test_a_model_whose_positions_are_stretched_takes_longer_requests() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    made = both(world=facts({**QWEN_7B, "rope_scaling": yarn}), max_seq_len=65536)
+    assert made.stages[1].config.max_seq_len == 65536
+    assert "131072 tokens" in refusal(world=facts({**QWEN_7B, "rope_scaling": yarn}), max_seq_len=131073).message
 
 
 def test_auto_takes_the_fewest_gpus_and_both_stages_the_same() -> None:
@@ -350,6 +357,30 @@ def test_llmapi_does_not_judge_the_memory_of_what_is_not_here() -> None:
         as_it_is(AWQ, "h100", auto=True)
     with pytest.raises(Refused, match=r"files of 93\.1 GiB per GPU do not fit"):
         as_it_is({**LLAMA_7B, "mamba_d_state": 128}, "h100", 10**11)
+
+
+def on_cpu(model: Mapping[str, Any], resources: Mapping[str, Any] | None = None, **config: Any) -> Plan:
+    """The plan of building and serving the model m on nodes without GPUs."""
+    world = facts(model)
+    world.partitions = {"batch": partition("batch", NodeKind(count=4, cpus=64, mem_gb=500, gpus={}))}
+    wishes = [asked(BUILD, model="m", **config), asked(SERVE, model="m", **config, resources=resources or {})]
+    return plans.plan(wishes, ["serve"], Site(name="x", scheduler="slurm", partition="batch", gpus="none"), world)
+
+
+def test_on_the_cpu_memory_follows_from_the_model() -> None:
+    small = on_cpu({**LLAMA_7B, "num_hidden_layers": 2}).stages[1].resources.mem_gb
+    large = on_cpu(QWEN_7B).stages[1].resources.mem_gb
+    four = on_cpu(QWEN_7B, quantization="int4").stages[1].resources.mem_gb
+    assert small == 16
+    assert large == 45, "1.5 times 28.4 GiB of float32, 1 for the server, 0.9 for 8192 tokens"
+    assert 16 <= four < large / 2
+
+
+def test_too_little_memory_for_the_cpu_engine_is_refused_before_the_queue() -> None:
+    with pytest.raises(Refused, match=r"serve: 43 GiB of memory do not suffice for an engine of 28\.4 GiB") as no:
+        on_cpu(QWEN_7B, {"mem_gb": 43})
+    assert no.value.hint.startswith("set serve.resources.mem_gb to 45 or more")
+    assert on_cpu(QWEN_7B, {"mem_gb": 44}).stages[1].resources.mem_gb == 44, "what the user sets counts"
 
 
 def test_llmapi_makes_nothing_smaller_than_the_models_files() -> None:

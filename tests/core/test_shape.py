@@ -145,6 +145,31 @@ def test_layers_of_another_kind_are_not_taken_for_known_ones(more: dict[str, Any
     assert not found.understood
 
 
+@pytest.mark.parametrize(
+    ("document", "positions"),
+    [
+        (QWEN_7B, 32768),
+        (
+            {**QWEN_7B, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            131072,
+        ),
+        ({**QWEN_7B, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 131072),
+        ({**QWEN_7B, "rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}}, 65536),
+        ({**LLAMA_7B, "rope_scaling": {"type": "linear", "factor": 8.0}}, 32768),
+        ({**LLAMA_7B, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        ({**LLAMA_7B, "rope_scaling": {"type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 4096),
+        ({**LLAMA_7B, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, 4096),
+        (LLAMA_3_70B, 131072),
+        (DEEPSEEK_V3, 163840),
+        (GPT_OSS_120B, 131072),
+    ],
+)
+def test_stretched_positions_make_the_longest_text_longer(document: dict[str, Any], positions: int) -> None:
+    found = shape.read(document)
+    assert found is not None
+    assert found.positions == positions
+
+
 def test_the_files_of_a_folder_are_counted_once(tmp_path: Path) -> None:
     assert shape.stored(tmp_path) is None
     for name, size in (("model-00001-of-00002", 70), ("model-00002-of-00002", 30), ("consolidated", 100)):
@@ -169,7 +194,14 @@ def test_the_language_part_of_a_model_for_pictures_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", [{}, {"hidden_size": 8}, {**LLAMA_7B, "num_attention_heads": 0}, {**LLAMA_7B, "vocab_size": "many"}]
+    "document",
+    [
+        {},
+        {"hidden_size": 8},
+        {**LLAMA_7B, "num_attention_heads": 0},
+        {**LLAMA_7B, "vocab_size": "many"},
+        {**LLAMA_7B, "rope_scaling": "yarn"},
+    ],
 )
 def test_what_is_no_such_decoder_has_no_shape(document: dict[str, Any]) -> None:
     assert shape.read(document) is None
