@@ -343,7 +343,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
             ranks.over()
             pid = Path(own) / "pid"
             if pid.exists():
-                triton.end_group(int(pid.read_text()))
+                triton.end_session(int(pid.read_text()))
             triton.sweep(told.shm)
 
 
