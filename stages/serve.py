@@ -190,8 +190,9 @@ def check(config: ServeConfig) -> None:
             )
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UsageError(f"serve.adapters: {folder} holds no LoRA adapter", hint="it needs adapter_config.json")
-    if not 0 < config.lora_cache_fraction <= 1:
-        raise UsageError("serve.lora_cache_fraction is more than 0, and 1 at most")
+    for name in ("kv_cache_fraction", "lora_cache_fraction"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UsageError(f"serve.{name} is more than 0, and 1 at most")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")

@@ -376,6 +376,12 @@ def test_on_the_cpu_memory_follows_from_the_model() -> None:
     assert 16 <= four < large / 2
 
 
+@pytest.mark.parametrize("name", ["kv_cache_fraction", "lora_cache_fraction"])
+def test_a_share_of_nothing_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"serve\.{name} is more than 0"):
+        SERVE.check(SERVE.config(**{name: 0.0}))  # type: ignore[misc]
+
+
 def test_too_little_memory_for_the_cpu_engine_is_refused_before_the_queue() -> None:
     with pytest.raises(Refused, match=r"serve: 43 GiB of memory do not suffice for an engine of 28\.4 GiB") as no:
         on_cpu(QWEN_7B, {"mem_gb": 43})
