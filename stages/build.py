@@ -115,10 +115,10 @@ def size(config: BuildConfig, around: Around) -> tuple[Resources, tuple[str, ...
     if "tensorrt-llm" in around.versions:
         trtllm.release(around.versions["tensorrt-llm"])
     world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
-    if world % nodes:
+    if world % nodes or (nodes > 1 and world // nodes > (around.node_gpus or world)):  # several build a rank per GPU
         raise Refused(
-            f"build: {world} ranks cannot be divided among {nodes} nodes",
-            hint="build.nodes must divide tp_size × pp_size; 0: one node builds them all",
+            f"build: {world} ranks cannot be divided among {nodes} nodes of {around.node_gpus or world} GPUs",
+            hint="build.nodes must divide tp_size × pp_size, a rank for each GPU; 0: one node builds them all",
         )
     workers = min(world // nodes, around.node_gpus or 8)
     if nodes > 1:

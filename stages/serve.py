@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.core import engines, passport, rundir
+from hpc.core import division, engines, passport, rundir
 from hpc.core.division import KvCache, Quantization
 from hpc.core.errors import Refused, UsageError
 from hpc.core.stage import Around, Context, Input, Resources, Stage
@@ -98,7 +97,7 @@ def container(config: ServeConfig) -> str:
 
 
 def resources(config: ServeConfig) -> Resources:
-    """A guess on the safe side of a 7 B model."""
+    """Where the model's shape is not known: guesses, on GPUs on the safe side of a 7 B model."""
     if config.engine == "onnxruntime_genai":
         return Resources(cpus_per_task=8, mem_gb=16, time_min=240)
     world, nodes = config.tp_size * config.pp_size, max(1, config.nodes)
@@ -129,21 +128,38 @@ def size(config: ServeConfig, around: Around) -> tuple[Resources, tuple[str, ...
 
         matching.refuse_early(Path(config.engine_dir), config, around.versions)
     if config.engine == "onnxruntime_genai":
-        return asked, ()
+        return _on_cpu(config, asked, around), ()
     if config.engine == "llmapi":
         _refuse_for_llmapi(config)
     notes = engines.judged("serve", config, around)
     world = config.tp_size * config.pp_size
-    nodes = config.nodes or math.ceil(world / (around.node_gpus or world))
-    if world % nodes or (around.node_gpus is not None and world // nodes > around.node_gpus):
-        raise Refused(
-            f"serve: {world} ranks cannot be divided among {nodes} nodes of {around.node_gpus or world} GPUs",
-            hint="build.nodes says on how many; 0: as few as there must be",
-        )
+    card = around.card.card if around.card else None
+    nodes = division.nodes("serve", card, around.node_gpus, engines.way_of(config), config.nodes)
     if nodes > 1:
         whole = "whole nodes, as its ranks have no network of their own" if config.private else "shared nodes"
         notes = (*notes, f"serve: {nodes} nodes with {world // nodes} ranks each (srun --mpi), {whole}")
     return _divided(asked, world, nodes, config.private), notes
+
+
+def _on_cpu(config: ServeConfig, asked: Resources, around: Around) -> Resources:
+    """With memory for the engine and the cache of some requests; Refused where the user's does not suffice."""
+    from hpc.inside import kvbudget
+
+    if config.engine_dir is not None:
+        files, each = kvbudget.sizes(Path(config.engine_dir))
+    elif around.shape is not None and around.shape.understood:
+        files, each = kvbudget.expected(around.shape, config.quantization)
+    else:
+        return asked
+    enough = kvbudget.enough(files, each, config.kv_cache_tokens or engines.LONGEST, config.kv_cache_fraction)
+    least, given = kvbudget.least(files), around.given.get("mem_gb")
+    if given is not None and given <= least and around.site.scheduler == "slurm" and around.site.mem:
+        raise Refused(
+            f"serve: {given} GiB of memory do not suffice for an engine of {files / division.GIB:.1f} GiB on the CPU,"
+            f" which takes {least:.1f} GiB with its server",
+            hint=f'set serve.resources.mem_gb to {enough} or more, or leave it out; an engine of "int4" takes less',
+        )
+    return replace(asked, mem_gb=max(asked.mem_gb, enough))
 
 
 def _refuse_for_llmapi(config: ServeConfig) -> None:
@@ -174,8 +190,9 @@ def check(config: ServeConfig) -> None:
             )
         if not (Path(folder) / "adapter_config.json").is_file():
             raise UsageError(f"serve.adapters: {folder} holds no LoRA adapter", hint="it needs adapter_config.json")
-    if not 0 < config.lora_cache_fraction <= 1:
-        raise UsageError("serve.lora_cache_fraction is more than 0, and 1 at most")
+    for name in ("kv_cache_fraction", "lora_cache_fraction"):
+        if not 0 < getattr(config, name) <= 1:
+            raise UsageError(f"serve.{name} is more than 0, and 1 at most")
     wrong = [entry for entry in config.extra if "=" not in entry]
     if wrong:
         raise UsageError(f"serve.extra: {wrong[0]!r} is not name=value")
@@ -332,7 +349,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
             ranks.over()
             pid = Path(own) / "pid"
             if pid.exists():
-                triton.end_group(int(pid.read_text()))
+                triton.end_session(int(pid.read_text()))
             triton.sweep(told.shm)
 
 

@@ -63,6 +63,8 @@ class Division:
     max_batch_size: int = 64
     max_seq_len: int = 2048
     max_num_tokens: int = 8192
+    as_is: bool = False
+    """The model's files are loaded as they are (llmapi): their size is that of the weights."""
 
     @property
     def world(self) -> int:
@@ -86,16 +88,17 @@ def estimate(shape: Shape, card: Card, way: Division) -> Estimate:
     """What lies on each GPU, GiB; the first pipeline stage may have a layer more, the last has the output matrix."""
     width = FLOATS[way.dtype]
     layers = math.ceil(shape.layers / way.pp)
-    linear = shape.linear / shape.layers * layers / way.tp
+    per_value = PRECISIONS[way.quantization].bytes if way.quantization != "none" else width
+    matrices = shape.linear * per_value
+    if way.as_is and shape.stored is not None:
+        matrices = max(0.0, shape.stored - shape.embedding * width * (1 if shape.tied else 2))
     # the table of the input is whole on every rank (convert's --use_parallel_embedding is off), the output's is divided
     embedding = shape.embedding * width * (1 if way.pp > 1 or shape.tied else 1 + 1 / way.tp)
-    per_value = PRECISIONS[way.quantization].bytes if way.quantization != "none" else width
-    weights = linear * per_value + embedding
+    weights = matrices / shape.layers * layers / way.tp + embedding
     activations = way.max_num_tokens * (4 * shape.hidden + 2 * shape.intermediate / way.tp) * width
     logits = way.max_batch_size * shape.vocab * 4
     kv_width = width if way.kv_cache == "auto" else KV_BYTES[way.kv_cache]
-    heads = max(1, math.ceil(shape.kv_heads / way.tp))
-    token = 2 * layers * heads * shape.head_dim * kv_width
+    token = layers * shape.kv_values(way.tp) * kv_width
     free = (card.memory_gib - RESERVED_GIB) * GIB - weights - activations - logits
     return Estimate(
         weights_gib=weights / GIB,
@@ -103,6 +106,11 @@ def estimate(shape: Shape, card: Card, way: Division) -> Estimate:
         kv_token_bytes=token,
         kv_tokens=max(0, int(free * KV_SHARE / token)),
     )
+
+
+def sized(shape: Shape | None, way: Division) -> bool:
+    """Whether the model's memory is known: not where its layers are of another kind, or quantised files not here."""
+    return shape is not None and shape.understood and not (way.as_is and shape.quantized and shape.stored is None)
 
 
 def problem(shape: Shape | None, card: Card | None, node_gpus: int | None, way: Division) -> str:
@@ -131,6 +139,10 @@ def _problems(shape: Shape | None, card: Card | None, node_gpus: int | None, way
     if way.max_seq_len > shape.positions:
         yield f"max_seq_len {way.max_seq_len} is more than the {shape.positions} tokens that the model was made for"
     if card is None:
+        return
+    if not sized(shape, way):
+        if way.as_is and (files := (shape.stored or 0) / way.world / GIB) >= card.memory_gib:
+            yield f"files of {files:.1f} GiB per GPU do not fit into the {card.memory_gib:g} GiB of {card.name}"
         return
     sizes = estimate(shape, card, way)
     fixed = sizes.weights_gib + sizes.activations_gib + RESERVED_GIB
@@ -190,6 +202,27 @@ def tp_domain(card: Card | None, node_gpus: int | None) -> int | None:
     if node_gpus is not None:
         return max(node_gpus, 1)
     return None if card is None else max(card.nvlink, 8)
+
+
+def nodes(stage: str, card: Card | None, node_gpus: int | None, way: Division, asked: int = 0) -> int:
+    """On how many nodes the ranks run: `asked`, or (0) as few as hold them with what tensor parallelism joins on one.
+
+    Refused where `asked` can't be. NVL72 joins GPUs across nodes.
+    """
+    joined = card is not None and card.nvlink > 8
+
+    def works(count: int) -> bool:
+        each, rest = divmod(way.world, count)
+        return not rest and each <= (node_gpus or each) and (joined or each % way.tp == 0)
+
+    fewest = next((count for count in range(1, way.world + 1) if works(count)), way.world)
+    if asked and not works(asked):
+        raise Refused(
+            f"{stage}: {way.world} ranks cannot be divided among {asked} nodes of {node_gpus or way.world} GPUs"
+            + (f" with tp_size {way.tp} of them together on one" if way.tp > 1 and not joined else ""),
+            hint=f"build.nodes = {fewest} is the least that works; 0: as few as there must be",
+        )
+    return asked or fewest
 
 
 def slow(card: Card | None, way: Division) -> str:
@@ -254,7 +287,7 @@ def _eased(shape: Shape | None, card: Card | None, way: Division) -> Iterator[Di
     if PRECISIONS[able.quantization].group > 1:
         able = replace(able, quantization="int8")
         yield able
-    if able.quantization == "none":
+    if able.quantization == "none" and not able.as_is:
         yield replace(able, quantization="int8")
         yield replace(able, quantization="int4")
         able = replace(able, quantization="int4")
@@ -280,7 +313,7 @@ def judge(
             if other
             else "nothing near it works on these cards: take a smaller model or other cards",
         )
-    return estimate(shape, card, way) if shape is not None and card is not None else None
+    return estimate(shape, card, way) if shape is not None and card is not None and sized(shape, way) else None
 
 
 def difference(table: str, way: Division, other: Division) -> str:

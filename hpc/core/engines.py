@@ -11,6 +11,7 @@ from typing import Any
 from hpc.core import division
 from hpc.core.division import Division
 from hpc.core.errors import Refused
+from hpc.core.shape import Shape
 from hpc.core.stage import Around
 
 LONGEST = 8192
@@ -38,7 +39,8 @@ def settle(config: Any, around: Around) -> Any:
     if config.auto and engine != "onnxruntime_genai" and card is not None:
         # not for the sizes of the requests: convert does not have them, and both must choose the same
         usual = replace(Division(**_precision(made)), max_seq_len=longest)
-        found = division.smallest(shape, card.card, around.node_gpus, usual)
+        known = division.sized(shape, usual)
+        found = division.smallest(shape, card.card, around.node_gpus, usual) if known else None
         if found is not None:
             made = replace(made, tp_size=found.tp, pp_size=found.pp)
     return made
@@ -49,6 +51,7 @@ def _precision(config: Any) -> dict[str, Any]:
         "dtype": "float16" if config.dtype == "auto" else config.dtype,
         "quantization": config.quantization,
         "kv_cache": config.kv_cache,
+        "as_is": config.engine == "llmapi",
     }
 
 
@@ -72,18 +75,23 @@ def judged(stage: str, config: Any, around: Around) -> tuple[str, ...]:
             hint='choose a site with GPUs (--site), or build.engine = "onnxruntime_genai", which runs on the CPU',
         )
     shape, card, way = around.shape, around.card.card if around.card else None, way_of(config)
-    if config.auto and (shape is None or card is None):
-        what = "the model's shape" if shape is None else "the site's card"
+    sized = division.sized(shape, way)
+    if config.auto and (not sized or card is None):
+        what = "the model's shape" if shape is None else "the model's size" if not sized else "the site's card"
         raise Refused(
             f"{stage}: auto can't choose tp_size and pp_size, as {what} is not known",
             hint="give a model folder with a config.json"
             if shape is None
+            else "set build.tp_size and pp_size yourself"
+            if not sized
             else 'name the card in the site profile, e.g. gpu = "a100-80"',
         )
     estimate = division.judge(stage, "build", shape, card, around.node_gpus, way)
     notes = [f"{stage}: {warning}"] if (warning := division.slow(card, way)) else []
     if shape is None:
         return (*notes, unknown(stage, around))
+    if not sized:
+        return (*notes, f"{stage}: {_unsized(shape, around)}, so memory is not estimated")
     if card is None or estimate is None or around.card is None:
         return (
             *notes,
@@ -93,6 +101,12 @@ def judged(stage: str, config: Any, around: Around) -> tuple[str, ...]:
     if around.card.guessed:
         text += f"; taken as {card.name}, gpu = … in the site profile says otherwise"
     return (*notes, text)
+
+
+def _unsized(shape: Shape, around: Around) -> str:
+    if not shape.understood:
+        return f"the layers of {shape.architecture} are not all of one known kind"
+    return f"{around.model or 'the model'} is quantised and the size of its files is not known here"
 
 
 def unknown(stage: str, around: Around) -> str:

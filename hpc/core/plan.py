@@ -102,6 +102,9 @@ class Facts(Protocol):
     def document(self, path: str) -> Mapping[str, Any] | None:
         """The config.json in the folder `path`, of a model or a stage; None where there is none."""
 
+    def weights(self, path: str) -> int | None:
+        """Bytes of the weights in a model's folder; None where none lie there."""
+
     def environment(self, name: str) -> Environment:
         """The image or venv of that name; an HpcError where it is missing."""
 
@@ -166,9 +169,13 @@ def _around(wish: Wish, wishes: Mapping[str, Wish], site: Site, facts: Facts, li
     model = model_behind(wish.stage.name, list(wishes), wishes)
     path = facts.path(model) if model is not None else None
     config = facts.document(path) if path is not None else None
+    found = shape.read(config) if config is not None else None
+    if found is not None and path is not None and model == getattr(wish.config, "model", None):
+        # itself, not what it is made of: what is made of quantised files need not be
+        found = dataclasses.replace(found, stored=facts.weights(path))
     return Around(
         site=site,
-        shape=shape.read(config) if config is not None else None,
+        shape=found,
         model=model or "",
         card=gpus.of_site(site.gpu, site.gres, types) if site.gpus != "none" else None,
         node_gpus=max((node.gpus.get(kind, 0) if kind else node.gpu_total for node in nodes), default=0) or None,
@@ -199,7 +206,9 @@ def _one(
     remarks: tuple[str, ...] = ()
     asked = stage.resources(config)
     if stage.size is not None:
-        known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
+        known = dataclasses.replace(
+            around, inputs=tuple(s.name for s in sources), versions=environment.versions, given=wish.overrides
+        )
         asked, remarks = stage.size(config, known)
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks

@@ -93,6 +93,8 @@ class Around:
     """Names of the inputs that it will have."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries in its environment."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Single values of Resources that the user has set: they count, whatever the stage asks for."""
 
 
 class Context(Protocol):

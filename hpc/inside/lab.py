@@ -31,7 +31,7 @@ from typing import Any
 
 from hpc.core import config as configs
 from hpc.core import endpoint as endpoints
-from hpc.core import rundir
+from hpc.core import rundir, shape
 from hpc.core import stage as stages
 from hpc.core.assets import PACKAGES
 from hpc.core.digest import Digests
@@ -172,6 +172,9 @@ class _Facts:
 
     def document(self, path: str) -> dict[str, Any] | None:
         return rundir.read_json(Path(path) / "config.json")
+
+    def weights(self, path: str) -> int | None:
+        return shape.stored(Path(path))
 
     def environment(self, name: str) -> Environment:
         """The kernel's own, known by what is installed in it."""

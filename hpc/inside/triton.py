@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpc.core.errors import HpcError
-from hpc.inside import hints
+from hpc.inside import deaf, hints
 from hpc.inside.meeting import Meeting
 
 _EXIT_TIMEOUT_S = 10
@@ -32,12 +32,12 @@ def argv(
 
     Ranks after the first load the engine alone and open no port. The first mpirun argument list is the leader's.
     """
-    first = _server(program, repository, shm, 0, ports)
     if world == 1:
-        return first
-    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "1", *first]
-    for rank in range(1, world):
-        words += [":", "-n", "1", *_server(program, repository, shm, rank)]
+        return _server(program, repository, shm, 0, ports)
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
+    for rank in range(world):
+        server = _server(program, repository, shm, rank, ports if rank == 0 else None)
+        words += [*([":"] if rank else []), "-n", "1", sys.executable, "-m", "hpc.inside.deaf", *server]
     return words
 
 
@@ -103,7 +103,7 @@ def program(own: Path) -> tuple[str, Mapping[str, str]]:
 
 
 class Triton:
-    """The running server, in a process group of its own."""
+    """The running server, in a session of its own, which a rank that mpirun starts does not leave."""
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], pid_file: Path) -> None:
         self.errors: deque[str] = deque(maxlen=_KEPT)
@@ -129,7 +129,7 @@ class Triton:
 
     def watch(self) -> None:
         """From now on a model's process that is gone is a failure: Triton itself goes on, and says it is ready."""
-        self._stubs = frozenset(group(self.pid)) - {self.pid}
+        self._stubs = frozenset(session(self.pid)) - {self.pid}
 
     def lost(self) -> bool:
         """True where a model's process is gone."""
@@ -145,7 +145,7 @@ class Triton:
             except subprocess.TimeoutExpired:
                 self._process.kill()
         code = self._process.wait()
-        end_group(self.pid)
+        end_session(self.pid)
         self._reader.join(5)
         return code
 
@@ -168,35 +168,33 @@ class Triton:
 
 
 def _deaf() -> None:
-    """In the child, before exec: it and its models' processes do not hear what Slurm sends to all of a job.
-
-    They would end under running requests. SIGINT is how we end it; SIGKILL where we ourselves are gone.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP})
+    """In the child, before exec. SIGKILL where we ourselves are gone."""
+    deaf.now()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def group(leader: int) -> set[int]:
-    """The processes of a process group that run."""
+def session(leader: int) -> set[int]:
+    """The processes of a session that run."""
     numbers = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
     return {pid for pid in numbers if _runs(pid, leader)}
 
 
 def _runs(pid: int, leader: int) -> bool:
-    """Whether this process is one of that group, and has not ended (proc(5))."""
+    """Whether this process is one of that session, and has not ended (proc(5))."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return False
-    return int(fields[2]) == leader and fields[0] != "Z"
+    return int(fields[3]) == leader and fields[0] != "Z"
 
 
-def end_group(leader: int) -> None:
-    """SIGKILL to what is left of the group, until nothing is: a server that was killed leaves its models' processes."""
+def end_session(leader: int) -> None:
+    """SIGKILL to what is left of it, until nothing is: a server that was killed leaves its models' processes."""
     deadline = time.monotonic() + 5
-    while group(leader) and time.monotonic() < deadline:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)
+    while (left := session(leader)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
 
 

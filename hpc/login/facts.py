@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core import config as configs
-from hpc.core import imagelock
+from hpc.core import imagelock, shape
 from hpc.core import stage as stages
 from hpc.core.digest import Digests, sha256
 from hpc.core.errors import Refused, RuntimeUnavailable, UsageError
@@ -49,6 +49,9 @@ class MachineFacts:
 
     def document(self, path: str) -> dict[str, Any] | None:
         return read_json(Path(path) / "config.json")
+
+    def weights(self, path: str) -> int | None:
+        return shape.stored(Path(path))
 
     def environment(self, name: str) -> Environment:
         candidates = environment_paths(name, self._site, self._root)

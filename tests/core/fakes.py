@@ -70,6 +70,8 @@ class FakeFacts:
     """Path as the settings spell it -> content. It lies in `root`."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Folder of a model or a stage as the settings spell it -> its config.json."""
+    stored: dict[str, int] = field(default_factory=dict)
+    """Folder of a model as the settings spell it -> bytes of its weights."""
     root: str = "/project"
     image: str = "image-1"
     versions: dict[str, str] = field(default_factory=dict)
@@ -82,6 +84,9 @@ class FakeFacts:
 
     def document(self, path: str) -> dict[str, Any] | None:
         return self.models.get(path.removeprefix(f"{self.root}/"))
+
+    def weights(self, path: str) -> int | None:
+        return self.stored.get(path.removeprefix(f"{self.root}/"))
 
     def digest(self, path: str) -> str:
         return hashlib.sha256(self.files[path.removeprefix(f"{self.root}/")].encode()).hexdigest()

@@ -152,6 +152,23 @@ def test_pipeline_stages_may_go_across_nodes_and_nvl72_is_one_domain() -> None:
     assert not division.problem(LARGE, gpus.CARDS["GB200"], 4, Division(tp=8))
 
 
+def test_what_tensor_parallelism_joins_lies_on_one_node() -> None:
+    for node, tp, pp in itertools.product((1, 2, 4, 6, 8), range(1, 9), range(1, 17)):
+        if tp > node:
+            continue
+        count = division.nodes("serve", H100, node, Division(tp=tp, pp=pp))
+        each = tp * pp // count
+        assert (tp * pp % count, each % tp, each <= node) == (0, 0, True), (node, tp, pp, count)
+        assert not [n for n in range(1, count) if tp * pp % n == 0 and tp * pp // n <= node and tp * pp // n % tp == 0]
+    assert division.nodes("serve", H100, 8, Division(tp=4, pp=3)) == 3
+    assert division.nodes("serve", H100, 8, Division(tp=4, pp=9)) == 9
+    assert division.nodes("serve", gpus.CARDS["GB200"], 4, Division(tp=8)) == 2, "NVL72 is one domain"
+    assert division.nodes("serve", gpus.CARDS["GB200"], 4, Division(tp=8), 4) == 4
+    with pytest.raises(Refused, match="with tp_size 8 of them together on one") as caught:
+        division.nodes("serve", H100, 8, Division(tp=8, pp=2), 4)
+    assert caught.value.hint.startswith("build.nodes = 2 ")
+
+
 def test_tensor_parallel_over_pcie_is_said() -> None:
     assert "no NVLink" in division.slow(gpus.CARDS["L40S"], Division(tp=2))
     assert "2 GPUs by NVLink" in division.slow(gpus.CARDS["H100-NVL"], Division(tp=4))

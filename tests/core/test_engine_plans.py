@@ -20,7 +20,7 @@ from hpc.core.stage import Resources, Stage
 from hpc.login.place import batch_parameters, ranks_of
 
 from .fakes import FakeFacts, make, partition, wish
-from .test_shape import LLAMA_7B, LLAMA_70B
+from .test_shape import DEEPSEEK_V3, GPT_OSS_120B, LLAMA_3_70B, LLAMA_7B, LLAMA_70B, QWEN3_30B_A3B, QWEN_7B
 
 DGX = Site(name="dgx", scheduler="slurm", partition="batch", gres="gpu:a100", gpu="a100-80")
 CPU = Site(name="local", gpus="none")
@@ -137,6 +137,13 @@ def test_what_cannot_be_divided_is_refused_before_the_queue() -> None:
 def test_limits_of_requests_are_judged_by_build() -> None:
     error = refusal(max_seq_len=8192)
     assert error.message.startswith("build: max_seq_len 8192 is more than the 4096 tokens")
+
+
+def test_a_model_whose_positions_are_stretched_takes_longer_requests() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    made = both(world=facts({**QWEN_7B, "rope_scaling": yarn}), max_seq_len=65536)
+    assert made.stages[1].config.max_seq_len == 65536
+    assert "131072 tokens" in refusal(world=facts({**QWEN_7B, "rope_scaling": yarn}), max_seq_len=131073).message
 
 
 def test_auto_takes_the_fewest_gpus_and_both_stages_the_same() -> None:
@@ -284,12 +291,102 @@ def test_an_engine_of_more_gpus_than_a_node_has_is_served_on_as_few_nodes_as_hol
     assert (alone.resources.nodes, alone.resources.tasks_per_node, alone.resources.exclusive) == (1, 1, False)
     script = batch_parameters(alone, RunDir(Path("/r/serve-1")), 90, "comment")
     assert script["srun_args"] == ["--cpus-per-task=8"]
-    (shared,) = serving(tp_size=4, pp_size=2, nodes=4, private=False).stages
+    (shared,) = serving(tp_size=2, pp_size=4, nodes=4, private=False).stages
     assert (shared.resources.nodes, shared.resources.gpus_per_node, shared.resources.exclusive) == (4, 2, False)
+    with pytest.raises(Refused, match="asks for 5 nodes, and partition 'batch' has 4"):
+        serving(tp_size=4, pp_size=5)  # 4 nodes of 5 ranks would part a group
+    with pytest.raises(Refused, match="8 ranks cannot be divided among 2 nodes of 8 GPUs with tp_size 8 of them") as no:
+        serving(tp_size=8, nodes=2)
+    assert "build.nodes = 1 is the least" in no.value.hint
     with pytest.raises(Refused, match="16 ranks cannot be divided among 3 nodes"):
         serving(tp_size=8, pp_size=2, nodes=3)
     with pytest.raises(Refused, match="build: 16 ranks cannot be divided among 3 nodes"):
         both(world=facts(LLAMA_70B), tp_size=8, pp_size=2, nodes=3)
+    with pytest.raises(Refused, match="build: 32 ranks cannot be divided among 2 nodes of 8 GPUs"):
+        both(world=facts(LLAMA_70B), tp_size=8, pp_size=4, nodes=2)
+
+
+AWQ = {**LLAMA_3_70B, "quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm"}}
+LLAMA_405B_FP8 = {
+    **LLAMA_3_70B, "num_hidden_layers": 126, "hidden_size": 16384, "num_attention_heads": 128,
+    "intermediate_size": 53248, "quantization_config": {"quant_method": "fbgemm_fp8"},
+}  # fmt: skip
+
+
+def as_it_is(model: Mapping[str, Any], card: str, stored: int = 0, **config: Any) -> Plan:
+    """The plan of serving the model m by llmapi, on nodes of 8 such cards; with bytes of files where it has them."""
+    world = facts(model, stored={"m": stored} if stored else {})
+    world.partitions = {"batch": partition("batch", NodeKind(count=4, cpus=128, mem_gb=1000, gpus={card: 8}))}
+    wishes = [asked(SERVE, engine="llmapi", model="m", **config)]
+    return plans.plan(wishes, ["serve"], Site(name="x", scheduler="slurm", partition="batch"), world)
+
+
+@pytest.mark.parametrize(
+    ("model", "stored", "card", "gpus"),
+    [
+        (QWEN3_30B_A3B, 61_066_575_656, "h200", 1),
+        (QWEN3_30B_A3B, 0, "h200", 1),
+        (AWQ, 39_767_531_520, "h100", 1),
+        (GPT_OSS_120B, 65_248_815_744, "h100", 1),
+        (LLAMA_405B_FP8, 408_000_000_000, "h100", 8),
+        (DEEPSEEK_V3, 688_586_727_753, "h200", 8),
+    ],
+)
+def test_llmapi_is_judged_by_the_models_files(model: dict[str, Any], stored: int, card: str, gpus: int) -> None:
+    made = as_it_is(model, card, stored, tp_size=gpus)
+    assert f"{gpus} × {card.upper()}" in made.notes[0]
+    (chosen,) = as_it_is(model, card, stored, auto=True).stages
+    assert 1 <= chosen.resources.gpus <= gpus
+
+
+def test_llmapi_refuses_what_its_files_fill_and_proposes_nothing_that_it_cannot() -> None:
+    with pytest.raises(Refused, match=r"weights of 641\.3 GiB per GPU do not fit into the 140\.4 GiB of H200") as no:
+        as_it_is(DEEPSEEK_V3, "h200", 688_586_727_753)
+    assert no.value.hint == "what would work: build.tp_size = 8, pp_size = 1"
+    with pytest.raises(Refused, match="do not fit") as no:
+        as_it_is(AWQ, "1g.10gb", 39_767_531_520)
+    assert "quantization" not in no.value.hint
+
+
+def test_llmapi_does_not_judge_the_memory_of_what_is_not_here() -> None:
+    (note,) = as_it_is(AWQ, "h100").notes
+    assert note == "serve: m is quantised and the size of its files is not known here, so memory is not estimated"
+    (note,) = as_it_is({**LLAMA_7B, "mamba_d_state": 128}, "h100", 10**9).notes
+    assert note.startswith("serve: the layers of LlamaForCausalLM are not all of one known kind")
+    with pytest.raises(Refused, match="the model's size is not known"):
+        as_it_is(AWQ, "h100", auto=True)
+    with pytest.raises(Refused, match=r"files of 93\.1 GiB per GPU do not fit"):
+        as_it_is({**LLAMA_7B, "mamba_d_state": 128}, "h100", 10**11)
+
+
+def on_cpu(model: Mapping[str, Any], resources: Mapping[str, Any] | None = None, **config: Any) -> Plan:
+    """The plan of building and serving the model m on nodes without GPUs."""
+    world = facts(model)
+    world.partitions = {"batch": partition("batch", NodeKind(count=4, cpus=64, mem_gb=500, gpus={}))}
+    wishes = [asked(BUILD, model="m", **config), asked(SERVE, model="m", **config, resources=resources or {})]
+    return plans.plan(wishes, ["serve"], Site(name="x", scheduler="slurm", partition="batch", gpus="none"), world)
+
+
+def test_on_the_cpu_memory_follows_from_the_model() -> None:
+    small = on_cpu({**LLAMA_7B, "num_hidden_layers": 2}).stages[1].resources.mem_gb
+    large = on_cpu(QWEN_7B).stages[1].resources.mem_gb
+    four = on_cpu(QWEN_7B, quantization="int4").stages[1].resources.mem_gb
+    assert small == 16
+    assert large == 45, "1.5 times 28.4 GiB of float32, 1 for the server, 0.9 for 8192 tokens"
+    assert 16 <= four < large / 2
+
+
+@pytest.mark.parametrize("name", ["kv_cache_fraction", "lora_cache_fraction"])
+def test_a_share_of_nothing_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"serve\.{name} is more than 0"):
+        SERVE.check(SERVE.config(**{name: 0.0}))  # type: ignore[misc]
+
+
+def test_too_little_memory_for_the_cpu_engine_is_refused_before_the_queue() -> None:
+    with pytest.raises(Refused, match=r"serve: 43 GiB of memory do not suffice for an engine of 28\.4 GiB") as no:
+        on_cpu(QWEN_7B, {"mem_gb": 43})
+    assert no.value.hint.startswith("set serve.resources.mem_gb to 45 or more")
+    assert on_cpu(QWEN_7B, {"mem_gb": 44}).stages[1].resources.mem_gb == 44, "what the user sets counts"
 
 
 def test_llmapi_makes_nothing_smaller_than_the_models_files() -> None:

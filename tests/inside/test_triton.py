@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ def test_ranks_of_one_node_start_by_mpirun_and_only_the_first_answers() -> None:
     assert words[:3] == ["mpirun", "--allow-run-as-root", "--oversubscribe"]
     ranks = [part.split() for part in text.partition("--oversubscribe ")[2].split(" : ")]
     assert len(ranks) == 4
-    assert all(rank[:3] == ["-n", "1", "tritonserver"] for rank in ranks)
+    assert all(rank[:6] == ["-n", "1", sys.executable, "-m", "hpc.inside.deaf", "tritonserver"] for rank in ranks)
     assert [any("http-port" in word for word in rank) for rank in ranks] == [True, False, False, False]
     assert ["--load-model=tensorrt_llm" in rank for rank in ranks] == [False, True, True, True]
     assert len({rank[-1] for rank in ranks}) == 4
@@ -96,7 +98,7 @@ time.sleep(300)
 def start(folder: Path, *words: str) -> triton.Triton:
     server = triton.Triton([sys.executable, "-c", FAMILY, *words], {}, folder / "pid")
     deadline = time.monotonic() + 20
-    while not server.hints or len(triton.group(server.pid)) < 3:
+    while not server.hints or len(triton.session(server.pid)) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     server.watch()
@@ -109,13 +111,13 @@ def test_the_end_leaves_no_process(tmp_path: Path, words: tuple[str, ...]) -> No
     assert int((tmp_path / "pid").read_text()) == server.pid
     assert "another type of GPU" in server.hints[0]
     server.end(0.5)
-    assert triton.group(server.pid) == set()
+    assert triton.session(server.pid) == set()
 
 
 def test_a_models_process_that_is_gone_is_seen(tmp_path: Path) -> None:
     server = start(tmp_path)
     assert not server.lost()
-    os.kill(max(triton.group(server.pid) - {server.pid}), signal.SIGKILL)
+    os.kill(max(triton.session(server.pid) - {server.pid}), signal.SIGKILL)
     deadline = time.monotonic() + 5
     while not server.lost():
         assert time.monotonic() < deadline
@@ -126,11 +128,115 @@ def test_a_models_process_that_is_gone_is_seen(tmp_path: Path) -> None:
 
 def test_what_slurm_sends_to_all_of_a_job_does_not_reach_it(tmp_path: Path) -> None:
     server = start(tmp_path)
-    for pid in triton.group(server.pid):
+    for pid in triton.session(server.pid):
         os.kill(pid, signal.SIGTERM)
     time.sleep(0.3)
     assert (server.ended(), server.lost()) == (None, False)
     server.end(1)
+
+
+STUB_MPIRUN = f"""#!{sys.executable}
+# A stub of Open MPI's mpirun: it starts what it is told as that does (a process group of its own, usual handlers, all
+# signals unblocked), and ends it at SIGINT as that does: SIGTERM, then SIGKILL.
+import os, signal, sys, time
+ranks, words = [], sys.argv[1:]
+while words[0].startswith("--"):
+    del words[0]
+for line in " ".join(words).split(" : "):
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+        argv = line.split()[2:]
+        os.execvp(argv[0], argv)
+    ranks.append(pid)
+def stop(number, frame):
+    for chosen in (signal.SIGTERM, signal.SIGKILL):
+        for pid in ranks:
+            os.kill(pid, chosen)
+        time.sleep(0.2)
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+for pid in ranks:
+    os.waitpid(pid, 0)
+"""
+STUB_SERVER = f"""#!{sys.executable}
+# A stub of tritonserver with the process of one model, which hears SIGTERM as Triton does.
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+print("unhealthy: expecting compute 9.0 got compute 8.9", flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[triton.Triton]:
+    """Two ranks of one node, each with the process of a model."""
+    for name, text in (("mpirun", STUB_MPIRUN), ("tritonserver", STUB_SERVER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o700)
+    words = triton.argv(Path("/r"), PORTS, "p_", world=2, program=str(tmp_path / "tritonserver"))
+    server = triton.Triton([str(tmp_path / words[0]), *words[1:]], {}, tmp_path / "pid")
+    deadline = time.monotonic() + 20
+    while len(below(server.pid)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)  # until each of them is what it is to be
+    server.watch()
+    known = below(server.pid)
+    yield server
+    server.end(2)
+    for pid in known:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def below(pid: int) -> list[int]:
+    """All that a process has started, by their parents: ranks, then their models' processes."""
+    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(one for child in children for one in below(child))]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_what_slurm_sends_to_all_of_a_job_does_not_reach_ranks_that_mpirun_has_started(ranks: triton.Triton) -> None:
+    before = below(ranks.pid)
+    assert len(before) == 4
+    assert len({os.getpgid(pid) for pid in before}) == 2, "the stub does as Open MPI does"
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        for pid in (ranks.pid, *before):
+            os.kill(pid, number)
+    time.sleep(0.3)
+    assert below(ranks.pid) == before
+    assert (ranks.ended(), ranks.lost()) == (None, False)
+
+
+def test_a_models_process_of_a_rank_that_is_gone_is_seen(ranks: triton.Triton) -> None:
+    assert not ranks.lost()
+    os.kill(below(ranks.pid)[-1], signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while not ranks.lost():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert ranks.ended() is None
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_end_leaves_no_process_of_any_rank(ranks: triton.Triton, killed: bool) -> None:
+    known = below(ranks.pid)
+    if killed:  # as the kernel does where memory is short
+        os.kill(ranks.pid, signal.SIGKILL)
+    ranks.end(2)
+    assert len(known) == 4
+    assert not [pid for pid in known if runs(pid)]
 
 
 def test_without_a_server_it_says_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
