@@ -105,7 +105,8 @@ def run(config: MergeConfig, ctx: Context) -> None:
             ctx.metric(merged_by="hpc", largest_weight_difference=worst)
             ctx.progress(0, 1, "comparing with base + adapter")
             apart = streamed.logits(base, ids, weighted)
-        generation.write(base, words, part)
+        if not generation.write(base, words, part):
+            ctx.remark(generation.ENDLESS)
         _compare(apart, streamed.logits(part, ids), config, ctx)
         if config.ask:
             ctx.metric(after=models.ask(part, config.dtype, words, config.ask))

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
-from hpc.inside import models, together, trainers
+from hpc.inside import generation, models, together, trainers
 
 
 def template(given: str | None, folder: str | None) -> str | None:
@@ -134,6 +134,8 @@ def save(trainer: Any, tokenizer: Any, config: Any, ctx: Context, *, base: str, 
             if config.method == "full":
                 kind = getattr(torch, dtype)
                 model.config.use_cache = True
+                if not generation.mend(model.generation_config, tokenizer):
+                    ctx.remark(generation.ENDLESS)
                 if weights is None:
                     model.to(kind).save_pretrained(part)
                 else:

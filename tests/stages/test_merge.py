@@ -14,6 +14,7 @@ import pytest
 from hpc.core.errors import HpcError, UsageError
 from hpc.inside import adapters
 from stages import merge
+from tests.support import tiny
 
 RunStage = Callable[..., Any]
 
@@ -101,6 +102,63 @@ def test_the_written_folder_is_whole(run_stage: RunStage, tiny_model: Path, adap
     assert not list(folder.glob("*.bin"))
     assert result.metrics["question"] == "Which brick?"
     assert result.metrics["before"] != result.metrics["after"]
+
+
+def untuned(tiny_model: Path, folder: Path) -> Path:
+    """A base whose texts end otherwise than the turns of its chat template, as those of Qwen and Llama 3 do."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    words.eos_token = "<|im_start|>"
+    words.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, "eos_token_id": 0}))
+    return folder
+
+
+@pytest.mark.generations
+@pytest.mark.train
+@pytest.mark.parametrize("method", ["merge", "peft", "full"])
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, method: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = untuned(tiny_model, tmp_path / "base")
+    if method == "full":
+        given = {"base_model": base, "dataset": dataset}
+        result = run_stage("finetune", given, method="full", max_steps=1, max_length=64)
+    else:
+        made = make_adapter(base, tmp_path / "adapter", **({"use_dora": True} if method == "peft" else {}))
+        result = run_stage("merge", {"adapter": made})
+    assert result.code == 0, result.error
+    assert not (result.folder / "attempt-1" / "remark.json").exists()
+    assert json.loads((result.out("model") / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
+    words = AutoTokenizer.from_pretrained(result.out("model"))
+    assert (words.eos_token, words.chat_template) == ("<|im_end|>", tiny.TEMPLATE)
+
+
+@pytest.mark.train
+def test_what_ends_a_turn_stays_a_tokenizers_end_or_is_missed(
+    run_stage: RunStage, adapter: Path, tmp_path: Path
+) -> None:
+    """A template that writes the tokenizer's end beside it would be changed; one without such a token is told of."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from hpc.inside import generation
+
+    words = AutoTokenizer.from_pretrained(adapter)
+    words.eos_token, words.chat_template = "<|im_start|>", tiny.TEMPLATE + "{{ eos_token }}"
+    made = GenerationConfig(eos_token_id=0)
+    assert generation.mend(made, words)
+    assert (made.eos_token_id, words.eos_token) == ([1, 0], "<|im_start|>")
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}### {{ m.role }}: {{ m.content }}{% endfor %}")
+    result = run_stage("merge", {"adapter": adapter})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert "ends an answer with no token of its own" in remark
 
 
 @pytest.fixture
