@@ -57,6 +57,7 @@ def read(folder: Path) -> Adapter:
             raise HpcError(f"{folder} holds its weights as a pickle", hint="save the adapter as safetensors")
         raise HpcError(f"{folder} has no adapter_model.safetensors", hint="the copy may be incomplete")
     entries = tensors.catalogue(file)
+    _refuse(config, folder)
     beyond = _beyond(config)
     pairs: dict[str, dict[str, Entry]] = {}
     for name, entry in entries.items():
@@ -109,10 +110,26 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _refuse(config: Mapping[str, Any], folder: Path) -> None:
+    """HpcError for an adapter of another model than its base: neither we nor peft can make that again from it."""
+    if (start := str(config.get("init_lora_weights"))).startswith(("corda", "lora_ga")):
+        raise HpcError(
+            f"the start of the adapter in {folder} ({start}) changed the base by what is not in the adapter",
+            hint="save it again with peft's path_initial_model_for_weight_conversion: that makes a plain adapter of it",
+        )
+    if config.get("layer_replication"):
+        raise HpcError(
+            f"the adapter in {folder} repeats layers of its base (layer_replication)",
+            hint="merge it by peft where it was trained: a base with other layers is another model",
+        )
+
+
 def _beyond(config: Mapping[str, Any]) -> str:
     """The kind of adapter, where its change is not just a product of two matrices."""
     if config.get("peft_type", "LORA") != "LORA":
         return f"it is of the kind {config['peft_type']}"
+    if (start := str(config.get("init_lora_weights"))).startswith(("pissa", "olora", "loftq")):
+        return f"its start ({start}) changed the base, which peft does again"
     if config.get("use_dora"):
         return "it is a DoRA adapter"
     if config.get("modules_to_save"):

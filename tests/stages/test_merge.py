@@ -252,8 +252,10 @@ def test_after_qlora_the_model_is_not_quantised(run_stage: RunStage, tiny_model:
         ({"modules_to_save": ["lm_head"]}, "peft"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "peft"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, "peft"),
+        ({"init_lora_weights": "pissa"}, "peft"),
+        ({"init_lora_weights": "olora"}, "peft"),
     ],
-    ids=["rslora", "dora", "modules_to_save", "embeddings", "bias"],
+    ids=["rslora", "dora", "modules_to_save", "embeddings", "bias", "pissa", "olora"],
 )
 def test_every_kind_of_lora_is_merged_right(
     run_stage: RunStage, tiny_model: Path, tmp_path: Path, options: dict[str, Any], by: str
@@ -294,6 +296,21 @@ def test_a_base_in_shards_with_tied_embeddings(run_stage: RunStage, tiny_model: 
 
 
 @pytest.mark.train
+def test_a_single_number_is_converted_too(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    number = "model.layers.0.attention.masked_bias"  # as GPT-NeoX has it
+    save_file({**weights, number: torch.tensor(-1e4)}, base / "model.safetensors", metadata={"format": "pt"})
+    result = run_stage("merge", {"adapter": adapter, "base_model": base}, dtype="float16")
+    assert result.code == 0, result.error
+    found = load_file(result.out("model") / "model.safetensors")[number]
+    assert (found.dtype, found.item()) == (torch.float16, -1e4)
+
+
+@pytest.mark.train
 def test_several_adapters_are_added_by_their_weights(
     run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -323,7 +340,16 @@ def test_weights_must_fit_the_adapters() -> None:
 
 @pytest.mark.train
 def test_what_cannot_be_read(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    def said(**settings: Any) -> Callable[[Path], Any]:
+        def write(folder: Path) -> None:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+
+        return write
+
     for name, spoil, message in (
+        ("lora_ga", said(init_lora_weights="lora_ga"), "changed the base by what is not in the adapter"),
+        ("layers", said(layer_replication=[[0, 2], [1, 2]]), "repeats layers of its base"),
         ("pickle", lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "as a pickle"),
         ("cut", lambda f: os.truncate(f / "adapter_model.safetensors", 5000), "cut off"),
     ):
