@@ -106,16 +106,17 @@ def common(config: Any, dtype: str, ctx: Context, sharding: str = "none") -> dic
     }
 
 
-def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
-    """SFTConfig's values."""
+def arguments(config: Any, dtype: str, ctx: Context, held_out: bool) -> Mapping[str, Any]:
+    """SFTConfig's values; `held_out`: there are rows to measure the loss on."""
+    measured = held_out and config.eval_steps
     return {
         **common(config, dtype, ctx, config.sharding),
         "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
         "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
         "torch_compile": config.compile,
         "save_strategy": "steps" if config.save_steps else "epoch",
-        "eval_strategy": "steps" if config.eval_steps else "no",
-        "eval_steps": config.eval_steps or None,
+        "eval_strategy": "steps" if measured else "no",
+        "eval_steps": measured or None,
         "report_to": list(config.report_to) or "none",
     }
 
