@@ -199,7 +199,9 @@ def _one(
     remarks: tuple[str, ...] = ()
     asked = stage.resources(config)
     if stage.size is not None:
-        known = dataclasses.replace(around, inputs=tuple(s.name for s in sources), versions=environment.versions)
+        makers = {s.name: wishes[s.stage].config for s in sources if s.stage is not None}
+        names = tuple(s.name for s in sources)
+        known = dataclasses.replace(around, inputs=names, makers=makers, versions=environment.versions)
         asked, remarks = stage.size(config, known)
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)
     notes += remarks

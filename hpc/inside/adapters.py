@@ -35,6 +35,8 @@ class Adapter:
     folder: Path
     factors: Mapping[str, Factor]
     """Name of the base's weight -> its change."""
+    replaced: Mapping[str, Entry]
+    """Weights of the base that it has whole, in their place (modules_to_save)."""
     beyond: str
     """What it has that only peft can merge; empty: nothing."""
 
@@ -60,10 +62,12 @@ def read(folder: Path) -> Adapter:
     _refuse(config, folder)
     beyond = _beyond(config)
     pairs: dict[str, dict[str, Entry]] = {}
+    replaced: dict[str, Entry] = {}
     for name, entry in entries.items():
         match = _KEY.fullmatch(name)
         if match is None:
             beyond = beyond or f"it has {name}"
+            replaced[name.removeprefix("base_model.model.")] = entry
         else:
             pairs.setdefault(match[1], {})[match[2]] = entry
     half = next((module for module, pair in pairs.items() if len(pair) == 1), "")
@@ -74,7 +78,26 @@ def read(folder: Path) -> Adapter:
         f"{module}.weight": Factor(a=pair["A"], b=pair["B"], scale=_scale(module, pair["A"].shape[0], config))
         for module, pair in pairs.items()
     }
-    return Adapter(folder=folder, factors=factors, beyond=beyond)
+    return Adapter(folder=folder, factors=factors, replaced=replaced, beyond=beyond)
+
+
+def resized(adapter: Adapter, base: Mapping[str, Entry]) -> int:
+    """Rows of the embeddings that an adapter with added tokens brings along; 0: as many as the base has."""
+    other = {
+        name: entry.shape[0]
+        for name, entry in adapter.replaced.items()
+        if name in base and len(entry.shape) == 2 and entry.shape[0] != base[name].shape[0]
+    }
+    if not other:
+        return 0
+    shapes = {base[name].shape for name in other}
+    left = next((name for name, entry in base.items() if entry.shape in shapes and name not in other), None)
+    if left is not None or len(set(other.values())) > 1:
+        raise VerificationFailed(
+            f"the adapter was trained with added tokens, and lacks the weights that they have in {left or 'one matrix'}",
+            hint="train it with modules_to_save for both the embeddings and the output (embed_tokens, lm_head)",
+        )
+    return next(iter(other.values()))
 
 
 def fit(adapter: Adapter, base: Mapping[str, Entry], *, tied: bool) -> str:

@@ -17,10 +17,13 @@ ENDLESS = (
 )
 
 
-def tokenizer(adapter: Path, base: Path, ctx: Context) -> Any:
-    """The adapter's tokenizer, or the base's where that has tokens without a weight (an added [PAD])."""
+def tokenizer(adapter: Path, base: Path, ctx: Context, resized: int = 0) -> Any:
+    """The adapter's tokenizer, or the base's where that has tokens without a weight (an added [PAD]).
+
+    `resized`: rows of the embeddings where the adapter has its own.
+    """
     config = read_json(base / "config.json") or {}
-    rows = int((config.get("text_config") or config).get("vocab_size") or 0)
+    rows = resized or int((config.get("text_config") or config).get("vocab_size") or 0)
     if (adapter / "tokenizer_config.json").is_file():
         words = models.tokenizer(adapter)
         if not rows or len(words) <= rows:

@@ -193,6 +193,38 @@ def test_a_token_without_a_weight_is_dropped(run_stage: RunStage, adapter: Path,
     assert written.chat_template == words.chat_template
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_added_tokens_with_weights_of_their_own_stay(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tiny_model)
+    words.add_tokens(["<tool>", "</tool>"])
+
+    def wide() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model.resize_token_embeddings(260, mean_resizing=False)
+        return model
+
+    for folder, modules in (("whole", ["embed_tokens", "lm_head"]), ("half", ["embed_tokens"])):
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+        get_peft_model(wide(), config).save_pretrained(tmp_path / folder, save_embedding_layers=False)
+        words.save_pretrained(tmp_path / folder)
+    given = {"adapter": tmp_path / "whole", "base_model": tiny_model}
+    result = run_stage("merge", given, dtype="float32", ask="Which brick?")
+    assert (result.code, result.metrics["merged_by"]) == (0, "peft"), result.error
+    assert len(AutoTokenizer.from_pretrained(result.out("model"))) == 260
+    ids = torch.tensor([[0, 5, 258, 259, 1]])
+    apart = PeftModel.from_pretrained(wide(), str(tmp_path / "whole")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(result.out("model"), dtype=torch.float32)
+    with torch.inference_mode():
+        assert float((merged(ids).logits - apart(ids).logits).abs().max()) < 1e-4
+    result = run_stage("merge", {**given, "adapter": tmp_path / "half"}, folder="half")
+    assert (result.code, "lacks the weights that they have in lm_head.weight" in result.error["cause"]) == (6, True)
+
+
 @pytest.mark.train
 def test_another_models_adapter_is_refused(
     run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path
