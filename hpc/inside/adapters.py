@@ -94,7 +94,7 @@ def resized(adapter: Adapter, base: Mapping[str, Entry]) -> int:
     left = next((name for name, entry in base.items() if entry.shape in shapes and name not in other), None)
     if left is not None or len(set(other.values())) > 1:
         raise VerificationFailed(
-            f"the adapter was trained with added tokens, and lacks the weights that they have in {left or 'one matrix'}",
+            f"the adapter was trained with added tokens, and lacks their weights in {left or 'a matrix'}",
             hint="train it with modules_to_save for both the embeddings and the output (embed_tokens, lm_head)",
         )
     return next(iter(other.values()))

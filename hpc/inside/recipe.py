@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc.core.errors import UsageError
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
 from hpc.inside import generation, models, together, trainers
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What models with a table of learnt positions call it; most have none, and calculate any position."""
 
 
 def template(given: str | None, folder: str | None) -> str | None:
@@ -44,6 +48,26 @@ def model(folder: Path, dtype: str, config: Any, sharding: str = "none") -> Any:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return loaded
+
+
+def positions(model: Any, longest: int) -> None:
+    """UsageError where rows of so many tokens are beyond a table of learnt positions; beyond other kinds it is said."""
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None) or longest
+    if longest <= known:
+        return
+    tables = (
+        table.num_embeddings
+        for name, table in model.named_modules()
+        if name.rpartition(".")[2] in _TABLES and hasattr(table, "num_embeddings")
+    )
+    if any(known <= size <= known + 2 for size in tables):  # OPT's has two more; that of a vision tower is another
+        raise UsageError(
+            f"rows have up to {longest} tokens, and this model has {known} positions",
+            hint=f"set finetune.max_length = {known}, or take a model with more",
+        )
+    if "'factor'" not in str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]):
+        print(f"rows have up to {longest} tokens, more than the {known} that this model was made for")
 
 
 def adapter(config: Any) -> Any:

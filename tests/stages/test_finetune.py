@@ -276,6 +276,27 @@ def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, da
     assert result.metrics["train_cut"] == result.metrics["train_rows"] == 24
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_rows_beyond_learnt_positions_are_refused_and_beyond_others_said(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    learnt = tmp_path / "gpt2"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(learnt)
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(learnt)
+    config = {**SMALL, "max_length": 512, "max_steps": 1}
+    result = run_stage("finetune", inputs(learnt, dataset), folder="learnt", **config)
+    assert (result.code, "32 positions" in result.error["cause"]) == (2, True), result.error
+    assert "finetune.max_length = 32" in result.error["hint"]
+    rotary = shutil.copytree(tiny_model, tmp_path / "rotary")
+    found = json.loads((rotary / "config.json").read_text())
+    (rotary / "config.json").write_text(json.dumps({**found, "max_position_embeddings": 32}))
+    assert run_stage("finetune", inputs(rotary, dataset), folder="rotary", **config).code == 0
+    assert "more than the 32 that this model was made for" in capsys.readouterr().out
+
+
 @pytest.mark.train
 def test_a_compiled_training_learns_the_same_and_saves_plain_names(
     run_stage: RunStage, tiny_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch

@@ -222,7 +222,7 @@ def test_added_tokens_with_weights_of_their_own_stay(run_stage: RunStage, tiny_m
     with torch.inference_mode():
         assert float((merged(ids).logits - apart(ids).logits).abs().max()) < 1e-4
     result = run_stage("merge", {**given, "adapter": tmp_path / "half"}, folder="half")
-    assert (result.code, "lacks the weights that they have in lm_head.weight" in result.error["cause"]) == (6, True)
+    assert (result.code, "lacks their weights in lm_head.weight" in result.error["cause"]) == (6, True)
 
 
 @pytest.mark.train
