@@ -239,6 +239,7 @@ def _arguments(config: AlignConfig, dtype: str, ctx: Context) -> Mapping[str, An
     from hpc.inside import recipe, trainers
 
     own: dict[str, Any] = {"beta": config.beta, "loss_type": config.loss, "label_smoothing": config.label_smoothing}
+    own["per_device_eval_batch_size"] = 1  # TRL's figures are means over batches, not pairs
     if "adapter" in ctx.inputs and "ref_adapter_name" in trainers.fields("DPOConfig"):
         own["ref_adapter_name"] = trainers.REFERENCE
     return {**recipe.common(config, dtype, ctx), **own}

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc.core import evaluation
-from hpc.core.errors import UsageError
+from hpc.core.errors import Refused, UsageError
 from hpc.core.rundir import write_json
-from hpc.core.stage import Artifact, Context, Input, Resources, Stage
+from hpc.core.stage import Around, Artifact, Context, Input, Resources, Stage
 
 Messages = list[dict[str, str]]
 
@@ -60,6 +60,17 @@ def resources(config: EvaluateConfig) -> Resources:
     return Resources(gpus_per_node=1, cpus_per_task=8, mem_gb=64, time_min=120)
 
 
+def size(config: EvaluateConfig, around: Around) -> tuple[Resources, tuple[str, ...]]:
+    """`resources`; Refused where prepare will hold no row out."""
+    data = around.makers.get("dataset")
+    if getattr(data, "eval_rows", None) == 0 and not getattr(data, "eval_data", ()):
+        raise Refused(
+            "evaluate measures on held-out rows, and prepare holds none out",
+            hint="set prepare.eval_rows = 200, or name files in prepare.eval_data",
+        )
+    return resources(config), ()
+
+
 def outputs(config: EvaluateConfig) -> dict[str, Artifact]:
     return {"report": Artifact(kind="report", path="report.json")}
 
@@ -91,7 +102,7 @@ def run(config: EvaluateConfig, ctx: Context) -> None:
     tokenizer = models.tokenizer(tuned)  # for both: a base may have no chat template
     talks = list(conversations.read(Path(ctx.inputs["dataset"]), "eval"))[: config.max_rows]
     if not talks:
-        raise UsageError("the data set has no held-out rows", hint="set prepare.eval_rows above 0")
+        raise UsageError("the data set has no held-out rows", hint="set prepare.eval_rows, or prepare.eval_data")
     rows, counts = conversations.rows(iter(talks), tokenizer, config.max_length, completion_only=True)
     asked = [talk for talk in talks if len(talk) > 1 and talk[-1]["role"] == "assistant"][: config.answers]
     prompts = [talk[:-1] for talk in asked] + [[{"role": "user", "content": text}] for text in config.prompts]
@@ -190,4 +201,5 @@ STAGE = Stage(
     run=run,
     files=files,
     check=check,
+    size=size,
 )

@@ -171,8 +171,9 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     dtype = models.compute_dtype(config.dtype)
     folder = models.local(base, ctx.cache)
     tokenizer = models.tokenizer(folder, recipe.template(config.chat_template, ctx.inputs["dataset"]))
-    rows = {part: _rows(part, tokenizer, config, ctx) for part in ("train", "eval")}
+    rows = {part: _rows(part, tokenizer, config, ctx) for part in ("eval", "train")}
     model = recipe.model(folder, dtype, config, config.sharding)
+    recipe.positions(model, max(len(row["input_ids"]) for row in (*rows["train"], *rows["eval"])))
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     batches: Any = conversations.Padded(pad)
@@ -195,7 +196,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         return
     trainer = trainers.trainer(
         model=model,
-        arguments=trainers.arguments(recipe.arguments(config, dtype, ctx)),
+        arguments=trainers.arguments(recipe.arguments(config, dtype, ctx, bool(rows["eval"]))),
         rows=rows,
         keep=config.keep_checkpoints,
         data_collator=batches,
@@ -211,6 +212,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
             ctx.progress(1, 1, "measuring the held-out loss after training")
             # what is sharded only the trainer can run
             after = measure(trainer.model) if config.sharding == "none" else trainer.evaluate()["eval_loss"]
+            watching.finite(after, trainer.state.global_step)
             ctx.metric(eval_loss_before=before, eval_loss_after=after)
     except heldout.StopError:
         return
@@ -227,6 +229,8 @@ def _rows(part: str, tokenizer: Any, config: FinetuneConfig, ctx: Context) -> li
     ctx.metric(**{f"{part}_{name}": count for name, count in counts.items()})
     if part == "train" and (told := conversations.told(counts["template_loses"], "finetune")):
         ctx.remark("; ".join(told))
+    if part == "eval" and not rows and config.eval_steps:
+        ctx.remark("there is no held-out row to measure the loss on: set prepare.eval_rows, or prepare.eval_data")
     if part == "train" and not rows:
         raise UsageError(
             f"no row of the data set has an answer within {config.max_length} tokens",

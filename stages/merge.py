@@ -78,12 +78,14 @@ def run(config: MergeConfig, ctx: Context) -> None:
     base = models.local(given, ctx.cache)
     entries = merging.whole(base)
     weighted = list(zip(map(adapters.read, folders), config.weights or [1.0] * len(folders), strict=True))
-    words = generation.tokenizer(folders[0], base, ctx)
+    resized = adapters.resized(weighted[0][0], entries)
+    words = generation.tokenizer(folders[0], base, ctx, resized)
     ids = words(_PROBE, return_tensors="pt").input_ids
     ctx.metric(base_model=given, dtype=config.dtype)
     if config.ask:
-        ctx.progress(0, 1, "asking the base model")
-        ctx.metric(question=config.ask, before=models.ask(base, config.dtype, words, config.ask))
+        ctx.progress(0, 1, "asking the base model")  # which knows no added tokens, and so no such template
+        before = None if resized else models.ask(base, config.dtype, words, config.ask)
+        ctx.metric(question=config.ask, before=before)
 
     by_peft = merging.only_peft(weighted, entries, base)
     if by_peft and len(weighted) > 1:
@@ -93,7 +95,7 @@ def run(config: MergeConfig, ctx: Context) -> None:
     with models.written_whole(ctx.outputs["model"], readable=config.readable) as part:
         if by_peft:
             ctx.progress(0, 1, f"merging by peft: {by_peft}")
-            apart, difference = pefts.merge(base, folders[0], part, config.dtype, words, ids)
+            apart, difference = pefts.merge(base, folders[0], part, config.dtype, words, ids, resized)
             hint = "where embeddings and output are one matrix (tied), an adapter on either can't be merged"
             _within("the merged model's logits", difference, TOLERANCE, hint)
             ctx.metric(merged_by="peft", because=by_peft, largest_difference=difference)
@@ -105,7 +107,8 @@ def run(config: MergeConfig, ctx: Context) -> None:
             ctx.metric(merged_by="hpc", largest_weight_difference=worst)
             ctx.progress(0, 1, "comparing with base + adapter")
             apart = streamed.logits(base, ids, weighted)
-        generation.write(base, words, part)
+        if not generation.write(base, words, part):
+            ctx.remark(generation.ENDLESS)
         _compare(apart, streamed.logits(part, ids), config, ctx)
         if config.ask:
             ctx.metric(after=models.ask(part, config.dtype, words, config.ask))

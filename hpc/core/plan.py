@@ -206,8 +206,13 @@ def _one(
     remarks: tuple[str, ...] = ()
     asked = stage.resources(config)
     if stage.size is not None:
+        makers = {s.name: wishes[s.stage].config for s in sources if s.stage is not None}
         known = dataclasses.replace(
-            around, inputs=tuple(s.name for s in sources), versions=environment.versions, given=wish.overrides
+            around,
+            inputs=tuple(s.name for s in sources),
+            makers=makers,
+            versions=environment.versions,
+            given=wish.overrides,
         )
         asked, remarks = stage.size(config, known)
     resources, notes = fit(stage, dataclasses.replace(asked, **wish.overrides), site, limits)

@@ -91,6 +91,8 @@ class Around:
     """GPUs of one node."""
     inputs: tuple[str, ...] = ()
     """Names of the inputs that it will have."""
+    makers: Mapping[str, Any] = field(default_factory=dict)
+    """Name of an input -> the config of the stage before that makes it."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries in its environment."""
     given: Mapping[str, Any] = field(default_factory=dict)

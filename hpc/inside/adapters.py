@@ -35,6 +35,8 @@ class Adapter:
     folder: Path
     factors: Mapping[str, Factor]
     """Name of the base's weight -> its change."""
+    replaced: Mapping[str, Entry]
+    """Weights of the base that it has whole, in their place (modules_to_save)."""
     beyond: str
     """What it has that only peft can merge; empty: nothing."""
 
@@ -57,12 +59,15 @@ def read(folder: Path) -> Adapter:
             raise HpcError(f"{folder} holds its weights as a pickle", hint="save the adapter as safetensors")
         raise HpcError(f"{folder} has no adapter_model.safetensors", hint="the copy may be incomplete")
     entries = tensors.catalogue(file)
+    _refuse(config, folder)
     beyond = _beyond(config)
     pairs: dict[str, dict[str, Entry]] = {}
+    replaced: dict[str, Entry] = {}
     for name, entry in entries.items():
         match = _KEY.fullmatch(name)
         if match is None:
             beyond = beyond or f"it has {name}"
+            replaced[name.removeprefix("base_model.model.")] = entry
         else:
             pairs.setdefault(match[1], {})[match[2]] = entry
     half = next((module for module, pair in pairs.items() if len(pair) == 1), "")
@@ -73,7 +78,26 @@ def read(folder: Path) -> Adapter:
         f"{module}.weight": Factor(a=pair["A"], b=pair["B"], scale=_scale(module, pair["A"].shape[0], config))
         for module, pair in pairs.items()
     }
-    return Adapter(folder=folder, factors=factors, beyond=beyond)
+    return Adapter(folder=folder, factors=factors, replaced=replaced, beyond=beyond)
+
+
+def resized(adapter: Adapter, base: Mapping[str, Entry]) -> int:
+    """Rows of the embeddings that an adapter with added tokens brings along; 0: as many as the base has."""
+    other = {
+        name: entry.shape[0]
+        for name, entry in adapter.replaced.items()
+        if name in base and len(entry.shape) == 2 and entry.shape[0] != base[name].shape[0]
+    }
+    if not other:
+        return 0
+    shapes = {base[name].shape for name in other}
+    left = next((name for name, entry in base.items() if entry.shape in shapes and name not in other), None)
+    if left is not None or len(set(other.values())) > 1:
+        raise VerificationFailed(
+            f"the adapter was trained with added tokens, and lacks their weights in {left or 'a matrix'}",
+            hint="train it with modules_to_save for both the embeddings and the output (embed_tokens, lm_head)",
+        )
+    return next(iter(other.values()))
 
 
 def fit(adapter: Adapter, base: Mapping[str, Entry], *, tied: bool) -> str:
@@ -109,10 +133,26 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _refuse(config: Mapping[str, Any], folder: Path) -> None:
+    """HpcError for an adapter of another model than its base: neither we nor peft can make that again from it."""
+    if (start := str(config.get("init_lora_weights"))).startswith(("corda", "lora_ga")):
+        raise HpcError(
+            f"the start of the adapter in {folder} ({start}) changed the base by what is not in the adapter",
+            hint="save it again with peft's path_initial_model_for_weight_conversion: that makes a plain adapter of it",
+        )
+    if config.get("layer_replication"):
+        raise HpcError(
+            f"the adapter in {folder} repeats layers of its base (layer_replication)",
+            hint="merge it by peft where it was trained: a base with other layers is another model",
+        )
+
+
 def _beyond(config: Mapping[str, Any]) -> str:
     """The kind of adapter, where its change is not just a product of two matrices."""
     if config.get("peft_type", "LORA") != "LORA":
         return f"it is of the kind {config['peft_type']}"
+    if (start := str(config.get("init_lora_weights"))).startswith(("pissa", "olora", "loftq")):
+        return f"its start ({start}) changed the base, which peft does again"
     if config.get("use_dora"):
         return "it is a DoRA adapter"
     if config.get("modules_to_save"):

@@ -100,6 +100,15 @@ def encode(
     return {"input_ids": ids, "labels": labels}
 
 
+def behind(messages: list[Message], tokenizer: Any) -> list[int]:
+    """The tokens that the template writes behind the last message's text."""
+    ids, other = (
+        tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        for talk in (messages, _changed(messages, len(messages) - 1))
+    )
+    return list(ids[_end(ids, other) :])
+
+
 def _changed(messages: list[Message], turn: int) -> list[Message]:
     """The conversation with another letter at the end of one turn."""
     text = messages[turn]["content"]

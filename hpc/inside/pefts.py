@@ -9,12 +9,17 @@ from hpc.core.errors import VerificationFailed
 from hpc.inside import generation, models
 
 
-def merge(base: Path, adapter: Path, target: Path, dtype: str, words: Any, ids: Any) -> tuple[Any, float]:
-    """Write base + adapter; the logits of the two apart, and the largest difference of their sum's."""
+def merge(base: Path, adapter: Path, target: Path, dtype: str, words: Any, ids: Any, resized: int) -> tuple[Any, float]:
+    """Write base + adapter; the logits of the two apart, and the largest difference of their sum's.
+
+    `resized`: rows of the embeddings where the adapter has its own; 0: the base's.
+    """
     import torch
     from peft import PeftModel
 
     model = models.load(base, "float32")
+    if resized:
+        model.resize_token_embeddings(resized, mean_resizing=False)  # the adapter has them all
     try:
         both = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=True).eval()
     except (RuntimeError, ValueError, KeyError) as error:

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc.core.errors import UsageError
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
-from hpc.inside import models, together, trainers
+from hpc.inside import generation, models, together, trainers
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What models with a table of learnt positions call it; most have none, and calculate any position."""
 
 
 def template(given: str | None, folder: str | None) -> str | None:
@@ -44,6 +48,26 @@ def model(folder: Path, dtype: str, config: Any, sharding: str = "none") -> Any:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     return loaded
+
+
+def positions(model: Any, longest: int) -> None:
+    """UsageError where rows of so many tokens are beyond a table of learnt positions; beyond other kinds it is said."""
+    config = model.config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None) or longest
+    if longest <= known:
+        return
+    tables = (
+        table.num_embeddings
+        for name, table in model.named_modules()
+        if name.rpartition(".")[2] in _TABLES and hasattr(table, "num_embeddings")
+    )
+    if any(known <= size <= known + 2 for size in tables):  # OPT's has two more; that of a vision tower is another
+        raise UsageError(
+            f"rows have up to {longest} tokens, and this model has {known} positions",
+            hint=f"set finetune.max_length = {known}, or take a model with more",
+        )
+    if "'factor'" not in str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]):
+        print(f"rows have up to {longest} tokens, more than the {known} that this model was made for")
 
 
 def adapter(config: Any) -> Any:
@@ -106,16 +130,17 @@ def common(config: Any, dtype: str, ctx: Context, sharding: str = "none") -> dic
     }
 
 
-def arguments(config: Any, dtype: str, ctx: Context) -> Mapping[str, Any]:
-    """SFTConfig's values."""
+def arguments(config: Any, dtype: str, ctx: Context, held_out: bool) -> Mapping[str, Any]:
+    """SFTConfig's values; `held_out`: there are rows to measure the loss on."""
+    measured = held_out and config.eval_steps
     return {
         **common(config, dtype, ctx, config.sharding),
         "train_sampling_strategy": "group_by_length" if config.group_by_length and not config.packing else "random",
         "dataset_kwargs": {"skip_prepare_dataset": True},  # the rows are tokens already
         "torch_compile": config.compile,
         "save_strategy": "steps" if config.save_steps else "epoch",
-        "eval_strategy": "steps" if config.eval_steps else "no",
-        "eval_steps": config.eval_steps or None,
+        "eval_strategy": "steps" if measured else "no",
+        "eval_steps": measured or None,
         "report_to": list(config.report_to) or "none",
     }
 
@@ -134,6 +159,8 @@ def save(trainer: Any, tokenizer: Any, config: Any, ctx: Context, *, base: str, 
             if config.method == "full":
                 kind = getattr(torch, dtype)
                 model.config.use_cache = True
+                if not generation.mend(model.generation_config, tokenizer):
+                    ctx.remark(generation.ENDLESS)
                 if weights is None:
                     model.to(kind).save_pretrained(part)
                 else:

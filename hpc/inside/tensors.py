@@ -94,7 +94,7 @@ def read(entry: Entry, rows: slice | None = None) -> Any:
     """
     import torch
 
-    if rows is None:
+    if rows is None or not entry.shape:
         begin, end, shape = entry.begin, entry.end, entry.shape
     else:
         row = (entry.end - entry.begin) // entry.shape[0]

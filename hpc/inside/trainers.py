@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc.core.errors import HpcError
-from hpc.inside import models, together
+from hpc.core.errors import HpcError, Refused
+from hpc.core.rundir import read_json, write_json
+from hpc.inside import heldout, models, together
 
 _PART = ".part"
 """The folder in which a checkpoint is written, beside the whole ones."""
+_RANKS = "ranks.json"
+"""Beside the checkpoints: how many ranks made them. All else that a training is of counts in its key."""
 REFERENCE = "ref"
 """The adapter beside the one that is trained, by TRL's name; it is in no checkpoint."""
 
@@ -118,6 +121,17 @@ def trainer(
         def _get_output_dir(self, trial: Any) -> str:
             return os.path.join(self.args.output_dir, _PART)
 
+        def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+            try:
+                found: dict[str, float] = super().evaluate(*given, **options)
+            except heldout.StopError:
+                if not self.is_in_train:
+                    raise
+                self.control.should_evaluate = False
+                self.control.should_save = self.control.should_training_stop = True
+                return {}
+            return found
+
         def _save_checkpoint(self, model: Any, trial: Any = None, **others: Any) -> None:
             super()._save_checkpoint(model, trial, **others)
             together.barrier()
@@ -164,9 +178,23 @@ def _divided(arguments: Any) -> str:
 
 
 def resumed(folder: Path) -> Path | None:
-    """The checkpoint to go on from, as the first rank sees it: a file server may show it late to another node."""
-    found = models.checkpoints(folder) if together.rank() == 0 else []
-    step = int(together.summed([float(models.step_of(found[0])) if found else 0.0])[0])
+    """
+    The checkpoint to go on from, as the first rank sees it: a file server may show it late to another node. Refused
+    where another number of ranks made it: its steps were of other batches, and there were more or fewer to do.
+    """
+    step, ranks, world = 0, 0, together.world()
+    if together.rank() == 0:
+        found = models.checkpoints(folder)
+        step = models.step_of(found[0]) if found else 0
+        ranks = int((read_json(folder / _RANKS) or {}).get("ranks", world)) if step else world
+    step, ranks = map(int, together.summed([float(step), float(ranks)]))
+    if ranks != world:
+        raise Refused(
+            f"checkpoint-{step} is of a training by {ranks} ranks, and this one has {world}",
+            hint=f"set resources to nodes × gpus_per_node = {ranks} again, or remove {folder} to begin anew",
+        )
+    if together.rank() == 0:
+        write_json(folder / _RANKS, {"ranks": world})
     return folder / f"checkpoint-{step}" if step else None
 
 

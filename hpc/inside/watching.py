@@ -35,13 +35,13 @@ def watcher(ctx: Context) -> Any:
             if control.should_save:
                 control.should_log = True  # a loss that is no number is seen before it is saved
 
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if control.should_save:
+                control.should_log = True
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
             for name in ("loss", "train_loss", "eval_loss"):
-                if not math.isfinite(logs.get(name, 0.0)):
-                    raise HpcError(
-                        f"the loss became {logs[name]} at step {state.global_step}: the training has diverged",
-                        hint="lower finetune.learning_rate, and look for broken rows in the data",
-                    )
+                finite(logs.get(name, 0.0), state.global_step)
             if "loss" in logs:
                 self.seen = {name: logs[name] for name in _SHOWN if name in logs}
                 ctx.progress(state.global_step, state.max_steps, "training", **self.seen)
@@ -54,6 +54,15 @@ def watcher(ctx: Context) -> Any:
                 raise heldout.StopError
 
     return Watcher()
+
+
+def finite(loss: float, step: int) -> None:
+    """HpcError where the loss is no number."""
+    if not math.isfinite(loss):
+        raise HpcError(
+            f"the loss became {loss} at step {step}: the training has diverged",
+            hint="lower finetune.learning_rate, and look for broken rows in the data",
+        )
 
 
 def _curves(ctx: Context) -> Curves:

@@ -108,6 +108,20 @@ def test_it_goes_on_with_an_adapter_and_that_is_the_reference(
     assert json.loads((result.out("adapter") / "base.json").read_text())["base_model"] == str(tiny_model)
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_each_held_out_pair_counts_alike(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"  # what is learnt of one in three is the opposite: some of them stay wrong
+    said = [("yes", "no") if i % 3 else ("no", "yes") for i in range(20)]
+    path.write_text("".join(json.dumps({"prompt": f"q{i}?", "chosen": a, "rejected": b}) + "\n"
+                            for i, (a, b) in enumerate(said)))  # fmt: skip
+    result = run_stage("align", {"base_model": tiny_model}, pairs=(str(path),), **{**SMALL, "eval_share": 0.25})
+    assert result.metrics["eval_pairs"] == 5  # a batch of four, and one of one
+    count = result.metrics["eval_preferred"] * 5
+    assert 0 < count < 5
+    assert count == pytest.approx(round(count), abs=1e-6)
+
+
 @pytest.mark.train
 def test_a_prompt_is_held_out_with_all_its_pairs_and_repeats_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
     from hpc.inside import models

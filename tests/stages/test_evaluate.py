@@ -6,14 +6,19 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpc.core import evaluation
-from hpc.core.errors import HpcError
+from hpc.core import stage as stages
+from hpc.core.errors import HpcError, Refused
+from hpc.core.plan import Wish, plan
+from hpc.core.site import Site
 from stages import evaluate
+from tests.core.fakes import FakeFacts
 
 RunStage = Callable[..., Any]
 
@@ -30,6 +35,21 @@ RunStage = Callable[..., Any]
 def test_check_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(HpcError, match=message):
         evaluate.check(evaluate.EvaluateConfig(**options))
+
+
+def test_nothing_held_out_is_refused_before_the_queue() -> None:
+    prepare, measure = (replace(stages.load(name), check=None) for name in ("prepare", "evaluate"))
+    facts = FakeFacts(files={"a": "", "m": "", "e": ""})
+
+    def planned(**config: Any) -> None:
+        first = Wish(stage=prepare, config=prepare.config(data=("a",), **config), overrides={})
+        last = Wish(stage=measure, config=measure.config(model="m"), overrides={})
+        plan([first, last], ["evaluate"], Site(name="local", gpus="none"), facts)
+
+    with pytest.raises(Refused, match="prepare holds none out"):
+        planned()
+    planned(eval_rows=2)
+    planned(eval_data=("e",))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,50 @@ def test_a_stop_at_the_last_step_loses_nothing(
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+@pytest.mark.generations
 @pytest.mark.train
-@pytest.mark.parametrize("logging_steps", [1, 100])
-def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Path, logging_steps: int) -> None:
-    config = {**SMALL, "learning_rate": 1e30, "logging_steps": logging_steps}
+def test_a_stop_while_the_held_out_loss_is_measured_loses_no_step(
+    run_stage: RunStage,
+    tiny_model: Path,
+    dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hpc.inside import curves
+
+    write = curves.Curves.write
+
+    def stop(self: Any, step: int, found: dict[str, float]) -> None:  # as it is told of the step before it measures
+        write(self, step, found)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    config = {**SMALL, "save_steps": 50, "eval_steps": 4.0}
+    monkeypatch.setattr(curves.Curves, "write", stop)
+    stopped = run_stage("finetune", inputs(tiny_model, dataset), **config)
+    monkeypatch.undo()
+    log = [json.loads(line) for line in (stopped.folder / "training" / "log.jsonl").open()]
+    assert (stopped.code, [entry["step"] for entry in log if "eval_loss" in entry]) == (STOPPED, [])
+    result = run_stage("finetune", inputs(tiny_model, dataset), **config)
+    assert (result.metrics["resumed_from"], result.metrics["steps"]) == ("checkpoint-4", 8)
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"logging_steps": 1},
+        {"logging_steps": 100},
+        {"logging_steps": 100, "save_steps": 0, "max_steps": 9},  # saved at the end of an epoch
+        {"max_steps": 1},  # the loss was read before the only step was made
+    ],
+    ids=str,
+)
+def test_a_loss_of_nan_stops(run_stage: RunStage, tiny_model: Path, dataset: Path, when: dict[str, int]) -> None:
+    config = {**SMALL, "learning_rate": 1e30, **when}
     result = run_stage("finetune", inputs(tiny_model, dataset), **config)
     assert result.code == 1
+    if config["save_steps"] == 0:
+        assert not list((result.folder / "checkpoints").glob("checkpoint-*"))
     assert "diverged" in result.error["cause"]
     assert "learning_rate" in result.error["hint"]
     assert not result.out("adapter").exists()
@@ -169,11 +208,15 @@ def test_measuring_the_loss_first_does_not_change_a_4_bit_training(
     shutil.copy(dataset / "train.jsonl", tmp_path)
     (tmp_path / "eval.jsonl").touch()
     config = {**SMALL, "method": "qlora", "lora_dropout": 0.0}
-    with_eval, without = (
-        run_stage("finetune", inputs(tiny_model, data), folder=data.name, **config).metrics
-        for data in (dataset, tmp_path)
+    both, bare = (
+        run_stage("finetune", inputs(tiny_model, data), folder=data.name, **config, **more)
+        for data, more in ((dataset, {}), (tmp_path, {"eval_steps": 0.2}))
     )
+    assert bare.code == 0, bare.error
+    with_eval, without = both.metrics, bare.metrics
     assert "eval_loss_before" not in without
+    remark = json.loads((bare.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert remark.startswith("there is no held-out row to measure the loss on: set prepare.eval_rows")
     assert with_eval["losses"] == pytest.approx(without["losses"], rel=1e-5)
 
 
@@ -231,6 +274,27 @@ def test_a_preset_runs(run_stage: RunStage, tiny_model: Path, dataset: Path) -> 
 def test_long_rows_are_cut_and_counted(run_stage: RunStage, tiny_model: Path, dataset: Path) -> None:
     result = run_stage("finetune", inputs(tiny_model, dataset), **{**SMALL, "max_length": 36, "max_steps": 1})
     assert result.metrics["train_cut"] == result.metrics["train_rows"] == 24
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_rows_beyond_learnt_positions_are_refused_and_beyond_others_said(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    learnt = tmp_path / "gpt2"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(learnt)
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(learnt)
+    config = {**SMALL, "max_length": 512, "max_steps": 1}
+    result = run_stage("finetune", inputs(learnt, dataset), folder="learnt", **config)
+    assert (result.code, "32 positions" in result.error["cause"]) == (2, True), result.error
+    assert "finetune.max_length = 32" in result.error["hint"]
+    rotary = shutil.copytree(tiny_model, tmp_path / "rotary")
+    found = json.loads((rotary / "config.json").read_text())
+    (rotary / "config.json").write_text(json.dumps({**found, "max_position_embeddings": 32}))
+    assert run_stage("finetune", inputs(rotary, dataset), folder="rotary", **config).code == 0
+    assert "more than the 32 that this model was made for" in capsys.readouterr().out
 
 
 @pytest.mark.train

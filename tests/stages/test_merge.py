@@ -14,6 +14,7 @@ import pytest
 from hpc.core.errors import HpcError, UsageError
 from hpc.inside import adapters
 from stages import merge
+from tests.support import tiny
 
 RunStage = Callable[..., Any]
 
@@ -103,6 +104,63 @@ def test_the_written_folder_is_whole(run_stage: RunStage, tiny_model: Path, adap
     assert result.metrics["before"] != result.metrics["after"]
 
 
+def untuned(tiny_model: Path, folder: Path) -> Path:
+    """A base whose texts end otherwise than the turns of its chat template, as those of Qwen and Llama 3 do."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, folder)
+    words = AutoTokenizer.from_pretrained(folder)
+    words.eos_token = "<|im_start|>"
+    words.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**found, "eos_token_id": 0}))
+    return folder
+
+
+@pytest.mark.generations
+@pytest.mark.train
+@pytest.mark.parametrize("method", ["merge", "peft", "full"])
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, method: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    base = untuned(tiny_model, tmp_path / "base")
+    if method == "full":
+        given = {"base_model": base, "dataset": dataset}
+        result = run_stage("finetune", given, method="full", max_steps=1, max_length=64)
+    else:
+        made = make_adapter(base, tmp_path / "adapter", **({"use_dora": True} if method == "peft" else {}))
+        result = run_stage("merge", {"adapter": made})
+    assert result.code == 0, result.error
+    assert not (result.folder / "attempt-1" / "remark.json").exists()
+    assert json.loads((result.out("model") / "generation_config.json").read_text())["eos_token_id"] == [1, 0]
+    words = AutoTokenizer.from_pretrained(result.out("model"))
+    assert (words.eos_token, words.chat_template) == ("<|im_end|>", tiny.TEMPLATE)
+
+
+@pytest.mark.train
+def test_what_ends_a_turn_stays_a_tokenizers_end_or_is_missed(
+    run_stage: RunStage, adapter: Path, tmp_path: Path
+) -> None:
+    """A template that writes the tokenizer's end beside it would be changed; one without such a token is told of."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from hpc.inside import generation
+
+    words = AutoTokenizer.from_pretrained(adapter)
+    words.eos_token, words.chat_template = "<|im_start|>", tiny.TEMPLATE + "{{ eos_token }}"
+    made = GenerationConfig(eos_token_id=0)
+    assert generation.mend(made, words)
+    assert (made.eos_token_id, words.eos_token) == ([1, 0], "<|im_start|>")
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}### {{ m.role }}: {{ m.content }}{% endfor %}")
+    result = run_stage("merge", {"adapter": adapter})
+    remark = json.loads((result.folder / "attempt-1" / "remark.json").read_text())["remark"]
+    assert "ends an answer with no token of its own" in remark
+
+
 @pytest.fixture
 def closed_umask() -> Iterator[None]:
     before = os.umask(0o077)
@@ -133,6 +191,38 @@ def test_a_token_without_a_weight_is_dropped(run_stage: RunStage, adapter: Path,
     written = AutoTokenizer.from_pretrained(result.out("model"))
     assert len(written) == 258
     assert written.chat_template == words.chat_template
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_added_tokens_with_weights_of_their_own_stay(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(tiny_model)
+    words.add_tokens(["<tool>", "</tool>"])
+
+    def wide() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        model.resize_token_embeddings(260, mean_resizing=False)
+        return model
+
+    for folder, modules in (("whole", ["embed_tokens", "lm_head"]), ("half", ["embed_tokens"])):
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+        get_peft_model(wide(), config).save_pretrained(tmp_path / folder, save_embedding_layers=False)
+        words.save_pretrained(tmp_path / folder)
+    given = {"adapter": tmp_path / "whole", "base_model": tiny_model}
+    result = run_stage("merge", given, dtype="float32", ask="Which brick?")
+    assert (result.code, result.metrics["merged_by"]) == (0, "peft"), result.error
+    assert len(AutoTokenizer.from_pretrained(result.out("model"))) == 260
+    ids = torch.tensor([[0, 5, 258, 259, 1]])
+    apart = PeftModel.from_pretrained(wide(), str(tmp_path / "whole")).eval()
+    merged = AutoModelForCausalLM.from_pretrained(result.out("model"), dtype=torch.float32)
+    with torch.inference_mode():
+        assert float((merged(ids).logits - apart(ids).logits).abs().max()) < 1e-4
+    result = run_stage("merge", {**given, "adapter": tmp_path / "half"}, folder="half")
+    assert (result.code, "lacks their weights in lm_head.weight" in result.error["cause"]) == (6, True)
 
 
 @pytest.mark.train
@@ -194,8 +284,10 @@ def test_after_qlora_the_model_is_not_quantised(run_stage: RunStage, tiny_model:
         ({"modules_to_save": ["lm_head"]}, "peft"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "peft"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, "peft"),
+        ({"init_lora_weights": "pissa"}, "peft"),
+        ({"init_lora_weights": "olora"}, "peft"),
     ],
-    ids=["rslora", "dora", "modules_to_save", "embeddings", "bias"],
+    ids=["rslora", "dora", "modules_to_save", "embeddings", "bias", "pissa", "olora"],
 )
 def test_every_kind_of_lora_is_merged_right(
     run_stage: RunStage, tiny_model: Path, tmp_path: Path, options: dict[str, Any], by: str
@@ -236,6 +328,21 @@ def test_a_base_in_shards_with_tied_embeddings(run_stage: RunStage, tiny_model: 
 
 
 @pytest.mark.train
+def test_a_single_number_is_converted_too(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    number = "model.layers.0.attention.masked_bias"  # as GPT-NeoX has it
+    save_file({**weights, number: torch.tensor(-1e4)}, base / "model.safetensors", metadata={"format": "pt"})
+    result = run_stage("merge", {"adapter": adapter, "base_model": base}, dtype="float16")
+    assert result.code == 0, result.error
+    found = load_file(result.out("model") / "model.safetensors")[number]
+    assert (found.dtype, found.item()) == (torch.float16, -1e4)
+
+
+@pytest.mark.train
 def test_several_adapters_are_added_by_their_weights(
     run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -265,7 +372,16 @@ def test_weights_must_fit_the_adapters() -> None:
 
 @pytest.mark.train
 def test_what_cannot_be_read(run_stage: RunStage, tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    def said(**settings: Any) -> Callable[[Path], Any]:
+        def write(folder: Path) -> None:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+
+        return write
+
     for name, spoil, message in (
+        ("lora_ga", said(init_lora_weights="lora_ga"), "changed the base by what is not in the adapter"),
+        ("layers", said(layer_replication=[[0, 2], [1, 2]]), "repeats layers of its base"),
         ("pickle", lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "as a pickle"),
         ("cut", lambda f: os.truncate(f / "adapter_model.safetensors", 5000), "cut off"),
     ):

@@ -51,6 +51,8 @@ def test_two_ranks_stop_go_on_and_learn_what_one_learns(run_stage: RunStage, tin
     (checkpoint,) = models.checkpoints(stopped.folder / "checkpoints")
     assert 3 <= models.step_of(checkpoint) < 40
     assert {p.name for p in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    other = run_stage("finetune", inputs, folder="ddp", **TWO)
+    assert (other.code, "by 2 ranks, and this one has 1" in other.error["cause"]) == (3, True), other.error
     resumed = run_stage("finetune", inputs, folder="ddp", ranks=2, **TWO)
     assert resumed.code == 0, told(resumed)
     assert resumed.metrics["resumed_from"] == checkpoint.name
