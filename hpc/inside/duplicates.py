@@ -3,12 +3,15 @@ Rows that are there twice: exactly, by their hash, or nearly, by MinHash. The fi
 
 Two rows are near duplicates where they share so large a part of their 3-grams of words. MinHash finds candidates
 (rows whose signatures agree in one of the bands), of which fewer than one in a thousand is missed, and each is then
-compared word by word: nothing below the threshold is dropped. All sorting is done on parts of bounded size.
+compared word by word: nothing below the threshold is dropped. Rows that agree in a band are compared with the first of
+them; those that are left, which may share a long text with it, with one another, by their rarest n-grams. All sorting
+is done on parts of bounded size.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +35,11 @@ _DEVIATIONS = 3.5
 _PART = 1 << 18
 """So many rows are sorted at once."""
 _PAIRS = 256
+_TINY = 1e-9
+_TOGETHER = 2048
+"""So many rows that are left of a band are compared with one another at once,"""
+_HOLDERS = 256
+"""and of those that hold the same rare n-gram so many."""
 
 
 def signatures(rows: Sequence[Sequence[str]], threshold: float) -> tuple[Any, Any]:
@@ -121,7 +129,7 @@ def near(table: Table, found: Signatures, workers: Workers) -> Iterator[tuple[in
     least = found.threshold - _DEVIATIONS * (found.threshold * (1 - found.threshold) / _PERMUTATIONS) ** 0.5
     for read in found.bands():
         for part in range(parts := _parts(table.count)):
-            groups = _groups(_column(table, read, part, parts))
+            groups = list(_groups(_column(table, read, part, parts)))
             pairs = np.array([(first, row) for first, rows in groups for row in rows], dtype=np.int64).reshape(-1, 2)
             likely = found.alike(pairs[:, 0], pairs[:, 1]) >= least
             pairs = pairs[likely]
@@ -130,6 +138,11 @@ def near(table: Table, found: Signatures, workers: Workers) -> Iterator[tuple[in
                 if share >= found.threshold:
                     table.fate[row] = DROPPED
                     yield int(row), int(first)
+            left = ([row for row in rows if table.fate[row] != DROPPED] for _, rows in groups)
+            for row, first in _among(table, [rows for rows in left if len(rows) > 1], found.threshold, workers):
+                if DROPPED not in (table.fate[first], table.fate[row]):
+                    table.fate[row] = DROPPED
+                    yield row, first
 
 
 def _parts(count: int) -> int:
@@ -185,6 +198,61 @@ def _groups(column: tuple[Any, Any]) -> Iterator[tuple[int, list[int]]]:
         yield int(rows[start - 1]), rows[start:end].tolist()
 
 
+def _among(table: Table, groups: list[list[int]], threshold: float, workers: Workers) -> list[tuple[int, int]]:
+    """(row, an earlier one of its group that it nearly repeats), in order."""
+    tasks: list[list[tuple[int, int]]] = [[]]
+    for number, rows in enumerate(groups):
+        for at in range(0, len(rows), _TOGETHER):
+            piece = rows[at : at + _TOGETHER]
+            if len(tasks[-1]) + len(piece) > _TOGETHER:
+                tasks.append([])
+            tasks[-1] += ((number, row) for row in piece)
+    given = ((table.text, table.records([row for _, row in task]), [n for n, _ in task], threshold) for task in tasks)
+    found = zip(tasks, workers.map(_repeats, given), strict=True)
+    return sorted((task[row][1], task[first][1]) for task, pairs in found for row, first in pairs)
+
+
+def _repeats(task: tuple[Path, Any, list[int], float]) -> list[tuple[int, int]]:
+    """
+    (row, an earlier one), both as places in the task, that nearly repeat one another and are of the same group.
+
+    Two rows that share so much have one of their rarest n-grams in common: of the longer row as many as it need not
+    share, and one more; of the shorter, which comes first, as many as a row of its own length need not, and one more.
+    """
+    import numpy as np
+
+    path, records, groups, least = task
+    grams, offsets = words.ngrams([_words(text) for text in texts(path, records["offset"], records["length"])], WORDS)
+    holder = np.repeat(np.arange(len(groups)), np.diff(offsets))
+    (holder, numbers), held = np.unique(_numbered(holder, np.array(groups), grams), axis=1), []
+    often = np.bincount(numbers)
+    order = np.lexsort((numbers, often[numbers], holder))
+    for row in np.split(numbers[order], np.searchsorted(holder, np.arange(1, len(groups)))):
+        held.append(row.tolist())
+    sets = [set(row) for row in held]
+    holders: dict[int, list[int]] = {}
+    pairs: list[tuple[int, int]] = []
+    for row in sorted(range(len(held)), key=lambda row: len(held[row])):
+        size = len(held[row])
+        rare = held[row][: size - math.ceil(least * size - _TINY) + 1]
+        for other in {other for gram in rare for other in holders.get(gram, ())}:
+            shared = len(sets[row] & sets[other])
+            if shared >= least * (size + len(sets[other]) - shared):
+                pairs.append((max(row, other), min(row, other)))
+        for gram in rare[: size - math.ceil(2 * least / (1 + least) * size - _TINY) + 1]:
+            if len(known := holders.setdefault(gram, [])) < _HOLDERS:
+                known.append(row)
+    return pairs
+
+
+def _numbered(holder: Any, groups: Any, grams: Any) -> Any:
+    """For each n-gram its row, and a small number that stands for the n-gram in the row's group."""
+    import numpy as np
+
+    keys = grams ^ (groups[holder].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return np.stack([holder, np.unique(keys, return_inverse=True)[1]])
+
+
 def _shares(table: Table, pairs: Any, workers: Workers) -> Iterator[float]:
     """How large a part of their n-grams the rows of each pair share."""
     blocks = (pairs[at : at + _PAIRS] for at in range(0, len(pairs), _PAIRS))
@@ -200,5 +268,10 @@ def _compare(task: tuple[Path, Any, Any]) -> list[float]:
 
 
 def _grams(text: bytes) -> set[tuple[str, ...]]:
-    found = words.words(languages.said(json.loads(text)["messages"]))
-    return set(zip(*(found[k:] for k in range(WORDS)), strict=False)) if len(found) >= WORDS else {tuple(found)}
+    """The n-grams of a row; a shorter one is one n-gram, and one without words, such as signs alone, has none."""
+    found = _words(text)
+    return set(zip(*(found[k:] for k in range(WORDS)), strict=False)) if len(found) >= WORDS else {tuple(found)} - {()}
+
+
+def _words(text: bytes) -> list[str]:
+    return words.words(languages.said(json.loads(text)["messages"]))
