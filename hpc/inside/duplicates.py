@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ WORDS = 3
 
 _PERMUTATIONS = 128
 _SEED = 42
+_FACTOR = 0x9E3779B97F4A7C15
 _BANDS = ((0.9, 16), (0.8, 25), (0.7, 32), (0.55, 42), (0.0, 64))
 """From this similarity on: so many bands of a signature."""
 LEAST = 0.5
@@ -56,7 +58,7 @@ def signatures(rows: Sequence[Sequence[str]], threshold: float) -> tuple[Any, An
     width = _PERMUTATIONS // bands
     hashes = np.zeros((len(rows), bands), dtype=np.uint64)
     for k in range(width):
-        hashes = (hashes ^ minima[:, k : k + width * bands : width][:, :bands]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes = (hashes ^ minima[:, k : k + width * bands : width][:, :bands]) * np.uint64(_FACTOR)
         hashes ^= hashes >> np.uint64(29)
     return hashes, minima.astype(np.uint8)
 
@@ -224,11 +226,12 @@ def _repeats(task: tuple[Path, Any, list[int], float]) -> list[tuple[int, int]]:
     path, records, groups, least = task
     grams, offsets = words.ngrams([_words(text) for text in texts(path, records["offset"], records["length"])], WORDS)
     holder = np.repeat(np.arange(len(groups)), np.diff(offsets))
-    (holder, numbers), held = np.unique(_numbered(holder, np.array(groups), grams), axis=1), []
-    often = np.bincount(numbers)
-    order = np.lexsort((numbers, often[numbers], holder))
-    for row in np.split(numbers[order], np.searchsorted(holder, np.arange(1, len(groups)))):
-        held.append(row.tolist())
+    apart = (np.array(groups, dtype=np.uint64) + np.uint64(1)) * np.uint64(_FACTOR)  # n-grams of a group are its own
+    numbers = np.unique(grams ^ apart[holder], return_inverse=True)[1]
+    count = len(numbers) + 1
+    holder, numbers = np.divmod(np.unique(holder * count + numbers), count)  # each of a row's once
+    rarest = np.lexsort((np.bincount(numbers)[numbers], holder))
+    held = [row.tolist() for row in np.split(numbers[rarest], np.searchsorted(holder, np.arange(1, len(groups))))]
     sets = [set(row) for row in held]
     holders: dict[int, list[int]] = {}
     pairs: list[tuple[int, int]] = []
@@ -245,14 +248,6 @@ def _repeats(task: tuple[Path, Any, list[int], float]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _numbered(holder: Any, groups: Any, grams: Any) -> Any:
-    """For each n-gram its row, and a small number that stands for the n-gram in the row's group."""
-    import numpy as np
-
-    keys = grams ^ (groups[holder].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return np.stack([holder, np.unique(keys, return_inverse=True)[1]])
-
-
 def _shares(table: Table, pairs: Any, workers: Workers) -> Iterator[float]:
     """How large a part of their n-grams the rows of each pair share."""
     blocks = (pairs[at : at + _PAIRS] for at in range(0, len(pairs), _PAIRS))
@@ -263,8 +258,9 @@ def _shares(table: Table, pairs: Any, workers: Workers) -> Iterator[float]:
 
 def _compare(task: tuple[Path, Any, Any]) -> list[float]:
     path, left, right = task
-    sides = [[_grams(text) for text in texts(path, side["offset"], side["length"])] for side in (left, right)]
-    return [len(a & b) / max(1, len(a | b)) for a, b in zip(*sides, strict=True)]
+    firsts, others = (texts(path, side["offset"], side["length"]) for side in (left, right))
+    pairs = zip(map(cache(_grams), firsts), map(_grams, others), strict=True)  # many rows have the same first
+    return [len(a & b) / max(1, len(a | b)) for a, b in pairs]
 
 
 def _grams(text: bytes) -> set[tuple[str, ...]]:
