@@ -9,7 +9,7 @@ from typing import Any
 
 SCHEMA = "hpc.evaluation/1"
 _LOW_IS_GOOD = ("held-out loss", "perplexity", "bits_per_byte")
-"""Figures whose names end so, beside those that the report names; lm-eval's have their task before: `faq brier_score`."""
+"""Figures whose names end so, beside those that the report names; lm-eval's have their task before: `faq ter`."""
 _SAME = 1e-4
 """Figures this near, relatively, are the same."""
 

@@ -21,7 +21,9 @@ def need() -> None:
         )
 
 
-def run(model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int) -> tuple[dict[str, float], list[str]]:
+def run(
+    model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int
+) -> tuple[dict[str, float], list[str]]:
     """
     (`task metric` -> its value, without the errors' estimates; those of them of which less is better).
 

@@ -147,7 +147,8 @@ def _changed(remote: Remote, target: Path) -> bool:
         request.add_header("If-None-Match", tag)
         try:
             with urllib.request.urlopen(request, timeout=60, context=_trusted()) as answer:
-                return bool(answer.headers.get("ETag") != tag)
+                length = answer.headers.get("Content-Length")
+                return answer.headers.get("ETag") != tag or length not in (None, str(_size(target)))
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 304:
                 return False

@@ -218,7 +218,9 @@ def test_rows_just_above_the_threshold_are_found(tmp_path: Path, threshold: floa
 
 
 @pytest.mark.train
-def test_near_duplicates_are_found_among_rows_that_share_a_long_text(tmp_path: Path, run_stage: RunStage) -> None:
+def test_near_duplicates_are_found_among_rows_that_share_a_long_text(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of which all agree in nearly every band, and few are near duplicates; against each compared with each."""
     draw = random.Random(0)
     vocabulary = [f"w{number}" for number in range(20_000)]
@@ -226,7 +228,12 @@ def test_near_duplicates_are_found_among_rows_that_share_a_long_text(tmp_path: P
     rows = [[*shared, *draw.choices(vocabulary, k=3)] for _ in range(320)]
     rows += [[*row[:-2], draw.choice(vocabulary), row[-1]] for row in rows[:80]]
     data = (write(tmp_path / "a.jsonl", *((" ".join(row), "yes") for row in rows)),)
-    result = run_stage("prepare", data=data)
+    made = []
+    for cores in (3, 1):
+        monkeypatch.setattr("hpc.inside.preparing.cores", lambda cores=cores: cores)
+        result = run_stage("prepare", folder=str(cores), data=data)
+        made.append((result.out("dataset") / "dropped.jsonl").read_bytes())
+    assert made[0] == made[1]
     place = {f"a.jsonl line {number + 1}": number for number in range(len(rows))}
     gone = {place[t["record"]]: place[t["like"]] for t in lines(result.out("dataset") / "dropped.jsonl")}
     grams = [set(zip(said, said[1:], said[2:], strict=False)) for said in ([*row, "yes"] for row in rows)]
