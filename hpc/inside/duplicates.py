@@ -38,8 +38,9 @@ _PART = 1 << 18
 """So many rows are sorted at once."""
 _PAIRS = 256
 _TINY = 1e-9
-_TOGETHER = 2048
-"""So many rows that are left of a band are compared with one another at once,"""
+_TOGETHER, _ROW = 1 << 22, 1 << 11
+"""So many bytes of rows that are left of a band are compared with one another at once (each counts as no less than so
+many),"""
 _HOLDERS = 256
 """and of those that hold the same rare n-gram so many."""
 
@@ -202,13 +203,19 @@ def _groups(column: tuple[Any, Any]) -> Iterator[tuple[int, list[int]]]:
 
 def _among(table: Table, groups: list[list[int]], threshold: float, workers: Workers) -> list[tuple[int, int]]:
     """(row, an earlier one of its group that it nearly repeats), in order."""
+    import numpy as np
+
     tasks: list[list[tuple[int, int]]] = [[]]
+    free = _TOGETHER
     for number, rows in enumerate(groups):
-        for at in range(0, len(rows), _TOGETHER):
-            piece = rows[at : at + _TOGETHER]
-            if len(tasks[-1]) + len(piece) > _TOGETHER:
+        sizes = np.maximum(table.records(rows)["length"].astype(np.int64), _ROW)
+        for piece in np.split(np.arange(len(rows)), np.nonzero(np.diff((np.cumsum(sizes) - 1) // _TOGETHER))[0] + 1):
+            size = int(sizes[piece].sum())
+            if size > free:
                 tasks.append([])
-            tasks[-1] += ((number, row) for row in piece)
+                free = _TOGETHER
+            free -= size
+            tasks[-1] += ((number, rows[at]) for at in piece)
     given = ((table.text, table.records([row for _, row in task]), [n for n, _ in task], threshold) for task in tasks)
     found = zip(tasks, workers.map(_repeats, given), strict=True)
     return sorted((task[row][1], task[first][1]) for task, pairs in found for row, first in pairs)
