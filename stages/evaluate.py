@@ -157,6 +157,7 @@ def _measure(
     if torch.cuda.is_available():
         model = model.to("cuda")
     figures: dict[str, float] = {}
+    low: list[str] = []
     if rows:
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         loss, labels = heldout.loss(
@@ -182,8 +183,9 @@ def _measure(
     if config.tasks:
         assert config.task_folder is not None
         ctx.progress(0, 1, f"the {name} model's tasks")
-        figures |= tasks.run(model, tokenizer, config.tasks, Path(config.task_folder), config.batch_size)
-    return {"figures": figures, "labels": labels, "dtype": dtype}, said
+        found, low = tasks.run(model, tokenizer, config.tasks, Path(config.task_folder), config.batch_size)
+        figures |= found
+    return {"figures": figures, "low_is_good": low, "labels": labels, "dtype": dtype}, said
 
 
 STAGE = Stage(

@@ -163,11 +163,11 @@ def _remembered(memory: Path) -> dict[tuple[int, int], Any]:
     if not memory.exists():
         return {}
     said = {}
-    text = memory.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:  # killed while it wrote
-        memory.write_text(whole, encoding="utf-8")
-    for line in whole.split("\n")[:-1]:
+    data = memory.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:  # killed while it wrote, perhaps in the middle of a letter
+        memory.write_bytes(whole)
+    for line in whole.split(b"\n")[:-1]:
         entry = json.loads(line)
         said[entry["at"][0], entry["at"][1]] = entry
     return said

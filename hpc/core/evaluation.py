@@ -9,7 +9,7 @@ from typing import Any
 
 SCHEMA = "hpc.evaluation/1"
 _LOW_IS_GOOD = ("held-out loss", "perplexity", "bits_per_byte")
-"""Figures whose names end so; those of lm-eval have their task before: `faq word_perplexity`."""
+"""Figures whose names end so, beside those that the report names; lm-eval's have their task before: `faq ter`."""
 _SAME = 1e-4
 """Figures this near, relatively, are the same."""
 
@@ -21,6 +21,7 @@ class Figure:
     name: str
     base: float | None
     tuned: float
+    low_is_good: bool = False
 
     @property
     def better(self) -> bool | None:
@@ -29,7 +30,7 @@ class Figure:
             return None
         if abs(self.tuned - self.base) <= _SAME * max(abs(self.base), abs(self.tuned)):
             return None
-        return not math.isnan(self.tuned) and (self.tuned < self.base) == self.name.endswith(_LOW_IS_GOOD)
+        return not math.isnan(self.tuned) and (self.tuned < self.base) == self.low_is_good
 
     def __str__(self) -> str:
         return (
@@ -40,7 +41,11 @@ class Figure:
 def figures(report: Mapping[str, Any]) -> list[Figure]:
     """All figures of a report, the loss first."""
     tuned, base = report["tuned"], report.get("base")
-    return [Figure(name=n, base=_value(base, n), tuned=v) for n, v in tuned["figures"].items()]
+    named = tuned.get("low_is_good", ())
+    return [
+        Figure(name=n, base=_value(base, n), tuned=v, low_is_good=n in named or n.endswith(_LOW_IS_GOOD))
+        for n, v in tuned["figures"].items()
+    ]
 
 
 def verdict(report: Mapping[str, Any]) -> str:

@@ -131,11 +131,17 @@ class Fetcher:
                 f"{address} is not a model", hint="a URL leads to a .gguf file, or to a .tar of a model's folder"
             )
         path = self._url(address, digest)
-        if name.endswith(".gguf"):
-            _place_all(models.local(str(path), self.ctx.cache), part)
-        else:
-            with self._aside() as folder:
-                _place_into(self._folder_in(path, folder), part, self)
+        try:
+            if name.endswith(".gguf"):
+                _check_gguf(path, address)
+                _place_all(models.local(str(path), self.ctx.cache), part)
+            else:
+                with self._aside() as folder:
+                    _place_into(self._folder_in(path, folder), part, self)
+        except VerificationFailed:
+            if digest is None:  # else it is what was asked for
+                path.unlink(missing_ok=True)
+            raise
         return {"source": address, "sha256": digest or _sha256(path)}
 
     def _folder_in(self, archive: Path, folder: Path) -> Path:
@@ -151,7 +157,7 @@ class Fetcher:
             found = sorted(folder.rglob(name), key=lambda path: len(path.parts))
             if found:
                 return found[0].parent
-        raise HpcError(f"{archive.name} holds no model", hint="one has a config.json, or Meta's params.json")
+        raise VerificationFailed(f"{archive.name} holds no model", hint="one has a config.json, or Meta's params.json")
 
     def _model_of_path(self, path: Path, part: Path) -> dict[str, Any]:
         if path.is_file():
@@ -251,8 +257,11 @@ class Fetcher:
         rate = transfer.Rate(0, self.ctx.progress, name)
         if hub.offline() and not target.exists():
             raise HpcError(f"HF_HUB_OFFLINE is set, and {address} was not fetched before", hint="unset HF_HUB_OFFLINE")
+        renew = digest is None and not hub.offline()
+        if digest is None and not renew:
+            print(f"HF_HUB_OFFLINE is set: the copy of {address} that is there is used", flush=True)
         try:
-            remote = transfer.Remote(url=address, expected=transfer.Expected(sha256=digest))
+            remote = transfer.Remote(url=address, expected=transfer.Expected(sha256=digest), renew=renew)
             if not transfer.download(remote, target, rate.of(name), self.ctx.stopping):
                 raise StoppedError
         except transfer.HttpError as error:
@@ -275,6 +284,14 @@ class Fetcher:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_gguf(path: Path, address: str) -> None:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise VerificationFailed(
+                f"what {address} gives is no GGUF file", hint="perhaps a page that says why: look at it in a browser"
+            )
 
 
 def _place_into(folder: Path, part: Path, fetcher: Fetcher) -> None:

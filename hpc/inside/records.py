@@ -176,10 +176,15 @@ def _messages(value: dict[str, Any], where: str) -> list[Turn]:
     if not isinstance(said, list) or not all(isinstance(turn, dict) for turn in said):
         raise UsageError(f"{where}: the {key} are not a list of objects", hint="mend the record")
     turns = [
-        (_text(turn, role, where).strip(), _with_reasoning(turn, _text(turn, content, where), where)) for turn in said
+        (_text(turn, role, where).strip(), _with_reasoning(turn, _said(turn, content, where), where)) for turn in said
     ]
     system = _text(value, "system", where, missing="")
     return [("system", system), *turns] if system and (not turns or turns[0][0] != "system") else turns
+
+
+def _said(turn: dict[str, Any], content: str, where: str) -> str:
+    """What a turn says; a call of a tool says nothing, and null stands for that."""
+    return _text(turn, content, where, missing="" if turn.get("tool_calls") else None)
 
 
 def _with_reasoning(turn: dict[str, Any], answer: str, where: str) -> str:
@@ -234,7 +239,9 @@ def _text(value: dict[str, Any], key: str, where: str, missing: str | None = Non
 def as_text(value: Any, what: str) -> str:
     """A text, or the parts of one joined; UsageError, with its name, for what is none."""
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(str(part.get("text", "")) for part in value)
+        value = next((p for p in value if not isinstance(p.get("text", ""), str)), None) or "".join(
+            part.get("text", "") for part in value
+        )
     if not isinstance(value, str):
         raise UsageError(f"{what} must be a text, not {json.dumps(value, default=str)[:40]}", hint="mend the record")
     try:

@@ -21,8 +21,14 @@ def need() -> None:
         )
 
 
-def run(model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int) -> dict[str, float]:
-    """`task metric` -> its value, without the errors' estimates. A task names its data from its own folder."""
+def run(
+    model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_size: int
+) -> tuple[dict[str, float], list[str]]:
+    """
+    (`task metric` -> its value, without the errors' estimates; those of them of which less is better).
+
+    A task names its data from its own folder.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -38,9 +44,12 @@ def run(model: Any, tokenizer: Any, names: Sequence[str], folder: Path, batch_si
         result = lm_eval.simple_evaluate(model=lm, tasks=list(names), task_manager=manager, bootstrap_iters=0)
     finally:
         os.chdir(before)
-    return {
-        f"{task} {metric.partition(',')[0]}": float(value)
-        for task, found in result["results"].items()
-        for metric, value in found.items()
+    found = {
+        (task, metric.partition(",")[0]): float(value)
+        for task, values in result["results"].items()
+        for metric, value in values.items()
         if isinstance(value, int | float) and "," in metric and "stderr" not in metric
     }
+    higher = result.get("higher_is_better", {})
+    low = [f"{task} {metric}" for task, metric in found if higher.get(task, {}).get(metric) is False]
+    return {f"{task} {metric}": value for (task, metric), value in found.items()}, low

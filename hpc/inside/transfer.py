@@ -56,6 +56,8 @@ class Remote:
     expected: Expected = Expected()
     headers: Mapping[str, str] | None = None
     """For that server alone: a redirection to another does not get them."""
+    renew: bool = False
+    """Where the file is there, ask whether it is another one by now: nothing says what it must be."""
 
 
 class HttpError(Exception):
@@ -69,14 +71,16 @@ class HttpError(Exception):
 def download(
     remote: Remote, target: Path, tell: Tell = lambda n: None, stop: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Fetch the file to `target`, if it isn't there; False where `stop` asked to end before, with the part kept.
+    """Fetch the file to `target`, if it isn't there or is to be renewed.
 
+    False where `stop` asked to end before, with the part kept.
     VerificationFailed for what is not what was expected, HttpError for a refusal, OSError where nothing comes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    with _locked(target.with_name(f"{target.name}.lock"), target, stop) as touch:
-        if target.exists():
+    wanted = (lambda: False) if remote.renew else target.exists
+    with _locked(target.with_name(f"{target.name}.lock"), wanted, stop) as touch:
+        if target.exists() and not (remote.renew and not stop() and _changed(remote, target)):
             tell(target.stat().st_size)
             return True
         tries = 0
@@ -87,6 +91,8 @@ def download(
                 if _append(remote, part, tell, stop, touch):
                     verify(part, remote.expected, remote.url, touch)
                     os.replace(part, target)
+                    if remote.renew:
+                        os.replace(_tag(part), _tag(target))
                     _tag(part).unlink(missing_ok=True)
                     return True
             except VerificationFailed:
@@ -132,6 +138,33 @@ def verify(path: Path, expected: Expected, name: str, touch: Callable[[], None] 
             )
 
 
+def _changed(remote: Remote, target: Path) -> bool:
+    """Whether another file is there by now; where that cannot be told, the log says that the old one is used."""
+    if not (tag := _read(_tag(target))):
+        why = "its server does not tell whether it changed"
+    else:
+        request = _request(remote)
+        request.add_header("If-None-Match", tag)
+        try:
+            with urllib.request.urlopen(request, timeout=60, context=_trusted()) as answer:
+                length = answer.headers.get("Content-Length")
+                return answer.headers.get("ETag") != tag or length not in (None, str(_size(target)))
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 304:
+                return False
+            why = str(error)
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(target.stat().st_mtime))
+    print(f"{remote.url}: the copy of {day} is used ({why}); to fetch it anew, delete {target}", flush=True)
+    return False
+
+
+def _request(remote: Remote) -> urllib.request.Request:
+    request = urllib.request.Request(remote.url, headers={"Accept-Encoding": "identity"})
+    for name, value in (remote.headers or {}).items():
+        request.add_unredirected_header(name, value)
+    return request
+
+
 def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], touch: Callable[[], None]) -> bool:
     """Fetch what is missing of the part; whether it is whole."""
     have = _size(part)
@@ -140,9 +173,7 @@ def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], to
     tag = _read(_tag(part))
     if have and not tag and remote.expected.size is None:
         have = 0  # nothing says that it is still the same file there
-    request = urllib.request.Request(remote.url, headers={"Accept-Encoding": "identity"})
-    for name, value in (remote.headers or {}).items():
-        request.add_unredirected_header(name, value)
+    request = _request(remote)
     if have:
         request.add_header("Range", f"bytes={have}-")
         if tag and not tag.startswith("W/"):
@@ -154,8 +185,13 @@ def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], to
             part.unlink(missing_ok=True)
             return False
         raise
+    now = answer.headers.get("ETag") or ""
+    if answer.status == 206 and now != tag and (now or tag.startswith("W/")):
+        answer.close()
+        part.unlink(missing_ok=True)  # another file is there by now
+        return False
     with answer, open(part, "ab" if answer.status == 206 else "wb") as out:
-        _tag(part).write_text(answer.headers.get("ETag") or "")
+        _tag(part).write_text(now)
         have = out.tell() if answer.status == 206 else 0
         length = answer.headers.get("Content-Length")
         whole = have + int(length) if length else None
@@ -172,8 +208,8 @@ def _append(remote: Remote, part: Path, tell: Tell, stop: Callable[[], bool], to
 
 
 @contextmanager
-def _locked(lock: Path, target: Path, stop: Callable[[], bool]) -> Iterator[Callable[[], None]]:
-    """Be the only one that fetches `target`, or wait until it is there. The block gets what keeps the lock."""
+def _locked(lock: Path, there: Callable[[], bool], stop: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """Be the only one that fetches a file, or wait until it is there. The block gets what keeps the lock."""
     mine = json.dumps({"host": os.uname().nodename, "pid": os.getpid(), "time": time.time_ns()})
     while True:
         try:
@@ -181,7 +217,7 @@ def _locked(lock: Path, target: Path, stop: Callable[[], bool]) -> Iterator[Call
                 out.write(mine)
             break
         except FileExistsError:
-            if target.exists() or stop():
+            if there() or stop():
                 yield lambda: None
                 return
             with suppress(OSError):

@@ -93,6 +93,15 @@ def test_what_cannot_be_learnt_from_is_named(tmp_path: Path, turns: list[tuple[s
     assert (row.messages, row.dropped) == ((), reason)
 
 
+def test_a_call_of_a_tool_is_dropped_for_its_tool_turn(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "weather"}}]}
+    turns = [{"role": "user", "content": "Q"}, call]
+    answered = [*turns, {"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "A"}]
+    lines = "".join(json.dumps({"messages": said}) + "\n" for said in (answered, turns))
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert [row.dropped for row in records.read(tmp_path / "a.jsonl")] == ["role not known: tool", "no answer"]
+
+
 def test_a_system_message_stays_first(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, {"system": "S", "instruction": "Q1", "input": "in", "output": "A1"})
     assert said(row) == [("system", "S"), ("user", "Q1\n\nin"), ("assistant", "A1")]
@@ -248,6 +257,10 @@ GOOD = b'{"instruction": "Q", "output": "A"}\n'
         (GOOD * 16 + b'{"instruction": "Q"\n', "data.jsonl line 17: not valid JSON"),
         (GOOD + b"\n" + b'"text"\n', "data.jsonl line 3: not a JSON object"),
         (GOOD + b'{"instruction": "\xe4", "output": ""}', "data.jsonl line 2: not UTF-8 text"),
+        (
+            GOOD + b'{"instruction": "Q", "output": [{"type": "text", "text": "A"}, {"type": "text", "text": null}]}',
+            "data.jsonl line 2: 'output' must be a text, not {",
+        ),
         (GOOD + b'{"instruction": "Q"}', "data.jsonl line 2: 'output' must be a text, not null"),
         (GOOD + b'{"instruction": "\\ud800", "output": "A"}', "half of a"),
         (b'{"question": "Q", "answer": "A"}', "data.jsonl line 1: unknown form of record, with the keys answer, q"),

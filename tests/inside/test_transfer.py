@@ -51,12 +51,33 @@ def test_another_job_goes_on_where_a_stopped_one_ended(hub: Hub, tmp_path: Path)
     assert hub.ranges("big") == ["", f"bytes={part}-"]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tags", ["strong", "weak"])
+def test_a_file_that_changed_meanwhile_is_fetched_anew(hub: Hub, tmp_path: Path, tags: str) -> None:
+    hub.tags = tags
     asked = iter([False, True])
     transfer.download(remote(hub), tmp_path / "big", stop=lambda: next(asked, True))
-    hub.files["big"] = new = b"new" * 500_000
+    hub.files["big"] = new = b"new" * 1_000_000
     assert transfer.download(remote(hub), tmp_path / "big")
     assert (tmp_path / "big").read_bytes() == new
+
+
+@pytest.mark.parametrize("tags", ["strong", "weak", "none"])
+def test_what_nobody_vouches_for_is_asked_for_again(
+    hub: Hub, tmp_path: Path, tags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.tags, target = tags, tmp_path / "big"
+    wanted = Remote(url=f"{hub.url}/big", renew=True)
+    for _ in range(2):
+        assert transfer.download(wanted, target)
+    assert len(hub.asked) == (1 if tags == "none" else 2)
+    hub.files["big"] = new = b"new"
+    assert transfer.download(wanted, target)
+    assert target.read_bytes() == (DATA if tags == "none" else new)
+    assert ("its server does not tell" in capsys.readouterr().out) == (tags == "none")
+    del hub.files["big"]
+    assert transfer.download(wanted, target), "what is there is used"
+    assert f"delete {target}" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "big.etag"}
 
 
 @pytest.mark.parametrize("expected", [{"sha256": SHA}, {"git": hashlib.sha1(b"?").hexdigest()}, {"size": 7}])

@@ -149,7 +149,7 @@ output_type: multiple_choice
 doc_to_text: "{{question}}\\n"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
-metric_list: [{metric: acc}]
+metric_list: [{metric: acc}, {metric: brier_score, aggregation: brier_score, higher_is_better: false}]
 """
 READING = """
 task: reading
@@ -189,6 +189,7 @@ def test_tasks_of_lm_eval_from_local_files(
     assert set(written["base"]["figures"]) == set(written["tuned"]["figures"])
     perplexity = done.metrics["figures"]["reading word_perplexity"]
     assert perplexity["better"] == (perplexity["tuned"] < perplexity["base"])
+    assert written["tuned"]["low_is_good"] == ["faq brier_score", "reading word_perplexity"]
     missing = run_stage("evaluate", inputs, folder="missing", **{**options, "tasks": ("roof",)})
     assert "there is no task roof" in missing.error["cause"]
 
@@ -214,6 +215,12 @@ def test_the_verdict(base: tuple[float, float] | None, tuned: tuple[float, float
     names = ("held-out loss", "chrF")
     sides = [None if side is None else dict(zip(names, side, strict=True)) for side in (base, tuned)]
     assert evaluation.verdict(report(sides[0], sides[1] or {})) == said
+
+
+def test_less_is_better_where_the_task_says_so() -> None:
+    found = report({"faq ter": 60.0, "faq acc": 0.5}, {"faq ter": 40.0, "faq acc": 0.4})
+    found["tuned"]["low_is_good"] = ["faq ter"]
+    assert {f.name: f.better for f in evaluation.figures(found)} == {"faq ter": True, "faq acc": False}
 
 
 def test_the_report_for_a_person() -> None:

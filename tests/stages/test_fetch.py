@@ -204,6 +204,10 @@ def test_data_sets_come_from_the_hub_and_from_a_url_and_prepare_reads_them(
     assert made.metrics["tokens"]["longest"] > 10
     everything = run_stage("prepare", inputs, folder="all")
     assert everything.metrics["train"] == 8
+    for text in (b"one\n", b"another\n"):  # it changed at its address
+        hub.files["plain.txt"] = text
+        told = run_stage("fetch", folder=text.decode().strip(), datasets=(f"{hub.url}/plain.txt",))
+        assert (told.out("data") / "plain.txt").read_bytes() == text
     wrong = run_stage("fetch", folder="wrong", datasets=(f"{hub.url}/more.jsonl#sha256={'0' * 64}",))
     assert wrong.code == 6
 
@@ -524,6 +528,11 @@ def test_an_archive_and_a_path_give_a_model_and_a_cut_off_one_is_refused(
     shutil.copytree(tiny_model, cut)
     os.truncate(cut / "model.safetensors", 1000)
     assert run_stage("fetch", folder="cut", model=str(cut)).code == 6
+    hub.tags = "none"
+    for name in ("page.gguf", "page.tar"):
+        hub.files[name] = b"<html>down</html>"
+        assert [run_stage("fetch", folder=f"{name}{i}", model=f"{hub.url}/{name}").code for i in (1, 2)] == [6, 6]
+        assert len(hub.ranges(name)) == 2, "an error page is not kept"
     hub.files["x.gguf"] = b"GGUF nothing"
     assert "cannot read" in run_stage("fetch", folder="gguf", model=f"{hub.url}/x.gguf").error["cause"]
     assert run_stage("fetch", folder="zip", model=f"{hub.url}/x.zip").code == 2

@@ -253,8 +253,8 @@ def test_a_stage_that_is_stopped_keeps_its_answers_and_goes_on_from_there(
     monkeypatch.setattr(runner.RunContext, "stopping", lambda self: len(model.asked) >= 2)
     first = run_stage("generate", {"endpoint": served}, prompts=(prompts,), concurrency=1)
     assert (first.code, len(model.asked)) == (STOPPED, 2)
-    with open(first.folder / "checkpoints" / "answers.jsonl", "a") as file:
-        file.write('{"at": [4, 0], "te')  # killed while it wrote
+    with open(first.folder / "checkpoints" / "answers.jsonl", "ab") as file:
+        file.write('{"at": [4, 0], "text": "é'.encode()[:-1])  # killed while it wrote, in the middle of a letter
     monkeypatch.undo()
     second = run_stage("generate", {"endpoint": served}, prompts=(prompts,), concurrency=1)
     assert (second.code, len(model.asked)) == (0, 5)

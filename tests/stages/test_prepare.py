@@ -218,6 +218,43 @@ def test_rows_just_above_the_threshold_are_found(tmp_path: Path, threshold: floa
 
 
 @pytest.mark.train
+def test_near_duplicates_are_found_among_rows_that_share_a_long_text(
+    tmp_path: Path, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of which all agree in nearly every band, and few are near duplicates; against each compared with each."""
+    draw = random.Random(0)
+    vocabulary = [f"w{number}" for number in range(20_000)]
+    shared = draw.choices(vocabulary, k=60)
+    rows = [[*shared, *draw.choices(vocabulary, k=3)] for _ in range(320)]
+    rows += [[*row[:-2], draw.choice(vocabulary), row[-1]] for row in rows[:80]]
+    data = (write(tmp_path / "a.jsonl", *((" ".join(row), "yes") for row in rows)),)
+    made = []
+    for cores in (3, 1):
+        monkeypatch.setattr("hpc.inside.preparing.cores", lambda cores=cores: cores)
+        result = run_stage("prepare", folder=str(cores), data=data)
+        made.append((result.out("dataset") / "dropped.jsonl").read_bytes())
+    assert made[0] == made[1]
+    place = {f"a.jsonl line {number + 1}": number for number in range(len(rows))}
+    gone = {place[t["record"]]: place[t["like"]] for t in lines(result.out("dataset") / "dropped.jsonl")}
+    grams = [set(zip(said, said[1:], said[2:], strict=False)) for said in ([*row, "yes"] for row in rows)]
+
+    def alike(left: int, right: int) -> bool:
+        return len(grams[left] & grams[right]) >= 0.9 * len(grams[left] | grams[right])
+
+    assert len(gone) >= 80
+    assert all(first < row and first not in gone and alike(row, first) for row, first in gone.items())
+    left = [row for row in range(len(rows)) if row not in gone]
+    assert not [(a, b) for i, a in enumerate(left) for b in left[:i] if alike(a, b)]
+
+
+@pytest.mark.train
+def test_rows_without_a_word_are_no_near_duplicates(tmp_path: Path, run_stage: RunStage) -> None:
+    signs = [("👍", "🎉🎉"), ("😀😀😀", "—"), ("?!", "…"), ("one two", "three"), ("One, two", "three!"), ("👍", "🎉🎉")]
+    result = run_stage("prepare", data=(write(tmp_path / "a.jsonl", *signs),))
+    assert dropped(result) == {"a.jsonl line 5": "near duplicate", "a.jsonl line 6": "duplicate"}
+
+
+@pytest.mark.train
 def test_a_row_knows_its_file_among_very_many(tmp_path: Path) -> None:
     from hpc.inside.table import Table
 
