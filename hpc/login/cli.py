@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from hpc import __version__
 from hpc.core.errors import HpcError, UsageError, did_you_mean
-from hpc.login import talk
+from hpc.login import streams, talk
 
 _EXIT_CODES = """exit codes:
   0 done   1 failed   2 wrong usage or settings   3 refused: the plan cannot work
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = argparse.Namespace(json="--json" in arguments)  # until they are read
-    _open_closed()
+    streams.open_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a bar or a name that the locale can't write is no reason to fail
             stream.reconfigure(errors="replace")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", "jobs that were submitted go on", 130, options)
     except BrokenPipeError:  # `hpc logs | head`
-        _to_nowhere(sys.stdout)
+        streams.to_nowhere(sys.stdout)
         return 0
     except UnicodeEncodeError:
         if (taken := sys.getfilesystemencoding()) != "utf-8":
@@ -108,19 +108,7 @@ def _print(text: str, stream: IO[str]) -> None:
     try:
         print(text, file=stream, flush=True)
     except OSError:  # a full disk, a reader that has left: the exit code still tells
-        _to_nowhere(stream)
-
-
-def _to_nowhere(stream: IO[str]) -> None:
-    """What is still to be written to it is lost, and no error at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _open_closed() -> None:
-    """A stream that was closed (`2>&-`) leads nowhere; else the next file that is opened would take its number."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8", closefd=False))
+        streams.to_nowhere(stream)
 
 
 class _Parser(argparse.ArgumentParser):

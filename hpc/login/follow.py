@@ -13,7 +13,7 @@ from typing import IO
 from hpc.core import rundir
 from hpc.core.errors import Interrupted
 from hpc.core.rundir import AttemptDir, RunDir
-from hpc.login import view
+from hpc.login import streams, view
 from hpc.login.states import Scheduler, StageState, states
 
 _LOOK_S = 1.0
@@ -87,7 +87,7 @@ def _tell(out: IO[str], text: str) -> None:
     try:
         print(text, file=out, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        streams.to_nowhere(out)
 
 
 @contextmanager
