@@ -53,6 +53,8 @@ class ServeConfig:
     """Requests that the engine works on at once; 0: as many as are taken."""
     max_tokens: int = 512
     """Of an answer whose request names none."""
+    generation_config: bool = True
+    """Requests are drawn as the model's generation_config.json says, where they do not. Off: temperature 1, of all."""
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
     bls_instances: int = 1
@@ -292,7 +294,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
     from hpc.inside import alone, following, matching, meeting, models, serving, triton
-    from hpc.inside.openai import Served
+    from hpc.inside.openai import Served, recommended
     from hpc.inside.service import Server, serve
 
     ranks = meeting.of(ctx.folder, os.environ)
@@ -308,12 +310,17 @@ def run(config: ServeConfig, ctx: Context) -> None:
     folder = ctx.folder / "repository"
     tokenizer = make_repository(config, engine, folder)
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
+    wraps = config.engine == "llmapi"
+    generation = rundir.read_json(engine / "generation_config.json") if config.generation_config else None
     served = Served(
-        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=config.engine == "llmapi",
+        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=wraps,
         streams=config.streaming, adapters=_adapters(config, engine),
-        # llmapi leaves the prompt out by itself
-        echoes=not config.exclude_input and config.engine != "llmapi",
+        echoes=not config.exclude_input and not wraps,  # llmapi leaves the prompt out by itself
+        sampling=recommended(generation or {}, cumulative=wraps),
     )  # fmt: skip
+    if served.sampling:
+        drawn = ", ".join(f"{name} {value:g}" for name, value in served.sampling.items())
+        print(f"requests that do not say otherwise are drawn as the model asks: {drawn}", flush=True)
 
     several = ranks.world > 1
     ranks.tell(repository=str(folder))

@@ -22,6 +22,9 @@ _REFUSED = {
 }  # fmt: skip
 """What would change the answer, and this service cannot do -> the only value that is let through."""
 
+_SAMPLING = {"temperature": (0, 2), "top_p": (0, 1), "top_k": (0, _LARGEST), "repetition_penalty": (0.01, 100)}
+"""How a token is drawn -> the least and the most."""
+
 _NOT_OF_LLMAPI = ("bad_words", "repetition_penalty", "min_tokens")
 
 
@@ -49,6 +52,19 @@ class Served:
     """Answers begin with the prompt (serve.exclude_input is off): that is not OpenAI's form."""
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Names that a request may give for the model's -> what Triton's model is told then: LoRA adapters."""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+    """What a request does not name of temperature, top_p, top_k, repetition_penalty; else 1, 1, all and none."""
+
+
+def recommended(generation: Mapping[str, Any], *, cumulative: bool = False) -> dict[str, float]:
+    """The sampling that a model's generation_config.json asks for; what cannot be one is left out."""
+    found = {}
+    for name, (low, high) in _SAMPLING.items():
+        value = generation.get(name)
+        right = isinstance(value, int if name == "top_k" else int | float) and not isinstance(value, bool)
+        if right and low <= value <= high and not (cumulative and name in _NOT_OF_LLMAPI):
+            found[name] = value
+    return found
 
 
 def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: bool | None) -> dict[str, Any]:
@@ -61,7 +77,11 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         raise Invalid("only text is answered here", "response_format")
     longest = body.get("max_completion_tokens")
     longest = body.get("max_tokens") if longest is None else longest
-    temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 0, 1)
+    temperature, top_p, penalty = (
+        _number(body, name, default, *_SAMPLING[name], served.sampling)
+        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("repetition_penalty", 0.0))
+    )
+    top_k = body.get("top_k")
     words: dict[str, Any] = {
         "id": new_id(),
         "text_input": prompt,
@@ -74,7 +94,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         words["top_k"] = 1
     else:
         words.update(temperature=temperature, top_p=top_p)
-        words["top_k"] = _whole(body.get("top_k") or 0, "top_k", 0)
+        words["top_k"] = _whole(served.sampling.get("top_k", 0) if top_k is None else top_k, "top_k", 0)
     if body.get("seed") is not None:
         words["random_seed"] = _whole(body["seed"], "seed", 0, _LARGEST_SEED)
     elif words["top_k"] != 1:
@@ -87,7 +107,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     more = {
         "stop_words": stops,
         "bad_words": bad,
-        "repetition_penalty": _number(body, "repetition_penalty", 0.0, 0.01, 100),
+        "repetition_penalty": penalty,
         "min_tokens": _whole(body.get("min_tokens") or 0, "min_tokens", 0),
     }
     for name in _NOT_OF_LLMAPI if served.cumulative else ():
@@ -105,10 +125,12 @@ def _object(body: Mapping[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _number(body: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+def _number(
+    body: Mapping[str, Any], name: str, default: float, low: float, high: float, own: Mapping[str, float]
+) -> float:
     value = body.get(name)
     if value is None:
-        return default
+        return own.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise Invalid(f"{name} must be from {low} to {high}", name)
     return float(value)
@@ -173,7 +195,7 @@ class Api:
         served = self._served
         common = {
             "object": "model", "created": self._began, "owned_by": "hpc",
-            "max_tokens": served.max_tokens, "chat": bool(self._template),
+            "max_tokens": served.max_tokens, "chat": bool(self._template), "sampling": dict(served.sampling),
         }  # fmt: skip
         entries = {served.name: {"id": served.name, **common}}
         entries |= {name: {"id": name, **common, "parent": served.name} for name in served.adapters}

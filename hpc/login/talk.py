@@ -111,7 +111,7 @@ def _sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--system", metavar="TEXT", help="a system message before the question")
     verb.add_argument("--max-tokens", type=int, metavar="N", help="of the answer (default: serve.max_tokens)")
     verb.add_argument("--min-tokens", type=int, metavar="N", help="the answer does not end before")
-    verb.add_argument("--temperature", type=float, metavar="T", help="0: greedy (default: 1)")
+    verb.add_argument("--temperature", type=float, metavar="T", help="0: greedy (default: the model's own, or 1)")
     verb.add_argument("--top-p", type=float, metavar="P")
     verb.add_argument("--top-k", type=int, metavar="K")
     verb.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")

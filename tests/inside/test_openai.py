@@ -32,6 +32,24 @@ def test_defaults_are_openais() -> None:
     }  # fmt: skip
 
 
+def test_what_a_request_does_not_name_is_as_the_model_asks() -> None:
+    llama = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "eos_token_id": 2}
+    qwen = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    assert openai.recommended(llama) == {"temperature": 0.6, "top_p": 0.9}
+    assert openai.recommended(qwen) == qwen
+    assert openai.recommended(qwen, cumulative=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    odd = {"temperature": 3, "top_p": True, "top_k": 1.5, "repetition_penalty": None}
+    assert openai.recommended(odd) == {}
+
+    def drawn(**body: Any) -> dict[str, Any]:
+        found = openai.words_for(body, "text", replace(SERVED, sampling=qwen), special=False)
+        return {name: found[name] for name in qwen if name in found}
+
+    assert drawn() == drawn(temperature=None, top_k=None) == qwen
+    assert drawn(temperature=1.5, top_k=0) == {**qwen, "temperature": 1.5, "top_k": 0}
+    assert drawn(temperature=0) == {"top_k": 1, "repetition_penalty": 1.05}
+
+
 def test_temperature_zero_is_greedy() -> None:
     assert words(temperature=0, top_p=0.5)["top_k"] == 1
     assert "temperature" not in words(temperature=0)

@@ -57,6 +57,8 @@ for step in range(600):
     if loss.item() < 0.001:
         break
 print(step, loss.item())
+# 78 tokens of 0.999 each are not always the same answer where they are drawn at 1
+model.generation_config.update(do_sample=True, temperature=0.1)
 model.eval().save_pretrained("hf")
 # what transformers itself says to something that it has not learned
 start = tokenizer.encode("<|user|>naïve 인사<|assistant|>").ids

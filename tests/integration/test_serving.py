@@ -116,7 +116,7 @@ def neighbour(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: 
     for path in (folder, *folder.rglob("*")):
         shutil.chown(path, "bob", "bob")
     hpc = str(hpc_install / "bin" / "hpc")
-    cluster.run("bob", hpc, "submit", "serve", cwd=made.folder)
+    cluster.run("bob", hpc, "submit", "serve", "--set", "serve.generation_config=false", cwd=made.folder)
     one = Neighbour(cluster, folder / "runs" / "serve-1" / "serve")
     yield one
     cluster.run("bob", hpc, "cancel", "serve-1", cwd=folder, check=False)
@@ -192,7 +192,9 @@ def test_two_users_serve_and_ask_at_once(shared: Served, neighbour: Neighbour, l
     theirs, token = f"http://{where['host']}:{where['ports']['http']}", (neighbour.folder / "token").read_text()
     both = [load(shared, 100, 8, 16), neighbour.load("100", "8", "16")]
     assert [said(process)["ends"] for process in both] == [{"whole": 100}] * 2
-    assert shared.ask("/v1/models", user="bob", url=theirs, token=token)[0] == 200
+    (code, body), (_, own) = shared.ask("/v1/models", user="bob", url=theirs, token=token), shared.ask("/v1/models")
+    assert (code, json.loads(body)["data"][0]["sampling"]) == (200, {})
+    assert json.loads(own)["data"][0]["sampling"] == {"temperature": 0.1}
     assert shared.ask("/v1/models", url=theirs)[0] == 401
     assert shared.ask("/v1/models", user="bob", token=token)[0] == 401
     assert (where["host"], *where["ports"].values()) != (shared.node, *shared.ports.values())
@@ -208,10 +210,11 @@ def until(found: Callable[[], Any], what: str, timeout: float) -> Any:
 
 
 def test_what_it_says_is_whole_in_every_way_of_asking(shared: Served) -> None:
-    code, body = shared.ask("/v1/chat/completions", CHAT)
-    answer = json.loads(body)
-    assert (code, answer["choices"][0]["message"]["content"]) == (200, TEXT)
-    assert answer["choices"][0]["finish_reason"] == "stop"
+    for temperature in (None, 0):  # None: the model's own, which is 0.1
+        code, body = shared.ask("/v1/chat/completions", {**CHAT, "temperature": temperature})
+        answer = json.loads(body)
+        assert (code, answer["choices"][0]["message"]["content"]) == (200, TEXT)
+        assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"] == {"prompt_tokens": 9, "completion_tokens": 70, "total_tokens": 79}
     code, body = shared.ask("/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": True}})
     assert code == 200
