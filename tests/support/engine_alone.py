@@ -94,10 +94,18 @@ class Engine:
         self.model = made.TritonPythonModel()
         self.model.initialize({"model_config": json.dumps({"parameters": words, "model_transaction_policy": policy})})
         self.log: list[tuple[str, int]] = []
+        self.step_s = 0.0
+        """What a step takes beside its own time: so small a model has said 400 tokens before anybody looks."""
         rows = self.model.rows
         fill, step = rows.fill, rows.step
         rows.fill = lambda row, tokens, before: self.log.append(("fill", len(tokens))) or fill(row, tokens, before)
-        rows.step = lambda tokens, lengths: self.log.append(("step", len(tokens))) or step(tokens, lengths)
+
+        def slowed(tokens: Any, lengths: Any) -> Any:
+            self.log.append(("step", len(tokens)))
+            time.sleep(self.step_s)
+            return step(tokens, lengths)
+
+        rows.step = slowed
 
     def ask(self, *requests: Request, wait: bool = True) -> list[Any]:
         self.model.execute(list(requests))
@@ -121,6 +129,7 @@ def several() -> list[Request]:
 def in_intervals(made: Any, folder: str, seen: dict[str, Any]) -> Any:
     """The end of one whose tokens share pieces; what it took, and whether its pieces' texts are the whole text."""
     engine, request = Engine(made, folder, stream_interval_ms=50), Request(PROMPTS[1], 400, min_tokens=400)
+    engine.step_s = 0.001
     began = time.monotonic()
     engine.ask(request)
     seen["interval_s"] = time.monotonic() - began
@@ -159,6 +168,7 @@ def main(code: str, folder: str) -> None:
     seen["rows"] = max(count for kind, count in engine.log if kind == "step")
 
     seen["same"] = engine.ask(Request(PROMPTS[1], 400, min_tokens=400))[0] == in_intervals(made, folder, seen)
+    engine.step_s = 0.002
     running = [Request(prompt, 400, min_tokens=400) for prompt in PROMPTS[:3]]
     engine.ask(*running, wait=False)
     until(lambda: all(len(request.tokens) > 5 for request in running))
