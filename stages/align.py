@@ -146,8 +146,9 @@ def run(config: AlignConfig, ctx: Context) -> None:
     folder = models.local(base, ctx.cache)
     before = ctx.inputs.get("adapter")
     tokenizer = models.tokenizer(folder, recipe.template(config.chat_template, before))
-    rows = _rows(tokenizer, config, ctx)
+    rows, longest = _rows(tokenizer, config, ctx)
     model = recipe.model(folder, dtype, config)
+    recipe.positions(model, longest, "align.max_length")
     if before is not None:
         model = _with_adapter(model, Path(before))
     trainer = trainers.trainer(
@@ -166,15 +167,15 @@ def run(config: AlignConfig, ctx: Context) -> None:
         _save(trainer, tokenizer, ctx, base=base, method=config.method, dtype=dtype)
 
 
-def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
-    """The pairs as TRL takes them, some of them held out; UsageError where none is left."""
+def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> tuple[dict[str, Rows], int]:
+    """The pairs as TRL takes them, some held out, and the most tokens of one; UsageError where none is left."""
     from hpc.inside import conversations, preferences
 
     dropped: Counter[str] = Counter()
     lost: Counter[str] = Counter()
     by_prompt: dict[str, Rows] = {}
     seen: set[str] = set()
-    cut = 0
+    cut = most = 0
     for pair in (pair for path in config.pairs for pair in preferences.read(Path(path))):
         said = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
         row = {"prompt": [*pair.prompt], **said}
@@ -188,6 +189,7 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
             dropped[reason] += 1
             continue
         cut += longest > config.max_length
+        most = max(most, min(longest, config.max_length))
         by_prompt.setdefault(json.dumps(pair.prompt), []).append(row)
     ctx.metric(pairs=sum(map(len, by_prompt.values())), cut=cut, dropped=dict(dropped.most_common()))
     ctx.metric(template_loses=dict(lost))
@@ -203,7 +205,7 @@ def _rows(tokenizer: Any, config: AlignConfig, ctx: Context) -> dict[str, Rows]:
     held = min(round(len(groups) * config.eval_share), len(groups) - 1)
     parts = {"train": list(chain(*groups[held:])), "eval": list(chain(*groups[:held]))}
     ctx.metric(**{f"{part}_pairs": len(rows) for part, rows in parts.items()})
-    return parts
+    return parts, most
 
 
 def _lengths(row: dict[str, list[dict[str, str]]], tokenizer: Any, lost: Counter[str]) -> tuple[int, int]:

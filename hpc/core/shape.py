@@ -140,7 +140,7 @@ def read(config: Mapping[str, Any]) -> Shape | None:
             head_dim=head_dim,
             intermediate=expert if sparse == layers else intermediate,
             vocab=int(config["vocab_size"]),
-            positions=_positions(config),
+            positions=positions(config),
             tied=bool(config.get("tie_word_embeddings", architecture.startswith("Gemma"))),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             experts=experts,
@@ -156,8 +156,8 @@ def read(config: Mapping[str, Any]) -> Shape | None:
         return None
 
 
-def _positions(config: Mapping[str, Any]) -> int:
-    """Where positions are stretched, the longest text is; Llama 3's, LongRoPE's and Gemma's figures say it already."""
+def positions(config: Mapping[str, Any]) -> int:
+    """Longest text in tokens; where positions are stretched it is, too. Llama 3's, LongRoPE's, Gemma's figures say it."""
     made_for = int(config.get("max_position_embeddings") or 2048)
     turning = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = turning.get("rope_type") or turning.get("type")

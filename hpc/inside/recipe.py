@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpc.core import shape
 from hpc.core.errors import UsageError
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
@@ -50,7 +51,7 @@ def model(folder: Path, dtype: str, config: Any, sharding: str = "none") -> Any:
     return loaded
 
 
-def positions(model: Any, longest: int) -> None:
+def positions(model: Any, longest: int, setting: str) -> None:
     """UsageError where rows of so many tokens are beyond a table of learnt positions; beyond other kinds it is said."""
     config = model.config.get_text_config()
     known = getattr(config, "max_position_embeddings", None) or longest
@@ -64,9 +65,10 @@ def positions(model: Any, longest: int) -> None:
     if any(known <= size <= known + 2 for size in tables):  # OPT's has two more; that of a vision tower is another
         raise UsageError(
             f"rows have up to {longest} tokens, and this model has {known} positions",
-            hint=f"set finetune.max_length = {known}, or take a model with more",
+            hint=f"set {setting} = {known}, or take a model with more",
         )
-    if "'factor'" not in str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]):
+    known = max(known, shape.positions(config.to_dict()))
+    if longest > known:
         print(f"rows have up to {longest} tokens, more than the {known} that this model was made for")
 
 

@@ -67,6 +67,20 @@ def test_check_looks_at_the_pairs(tmp_path: Path, text: str, message: str) -> No
 
 
 @pytest.mark.train
+def test_pairs_beyond_learnt_positions_are_refused(
+    run_stage: RunStage, tiny_model: Path, pairs: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "gpt2")
+    learnt = GPT2Config(vocab_size=258, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(learnt).save_pretrained(tmp_path / "gpt2")
+    result = run_stage("align", {"base_model": tmp_path / "gpt2"}, pairs=(pairs,), **SMALL)
+    assert (result.code, "16 positions" in result.error["cause"]) == (2, True), result.error
+    assert "align.max_length = 16" in result.error["hint"]
+
+
+@pytest.mark.train
 def test_held_out_pairs_are_told_apart_and_the_adapter_can_be_merged(
     run_stage: RunStage, tiny_model: Path, pairs: str
 ) -> None:

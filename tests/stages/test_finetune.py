@@ -295,6 +295,13 @@ def test_rows_beyond_learnt_positions_are_refused_and_beyond_others_said(
     (rotary / "config.json").write_text(json.dumps({**found, "max_position_embeddings": 32}))
     assert run_stage("finetune", inputs(rotary, dataset), folder="rotary", **config).code == 0
     assert "more than the 32 that this model was made for" in capsys.readouterr().out
+    plain = found.pop("rope_parameters", None) or {"rope_theta": found.pop("rope_theta")}
+    turning = {**plain, "rope_type": "linear", "type": "linear", "factor": 16.0}
+    names = ("rope_parameters", "rope_scaling")  # of one generation of transformers each
+    stretched = {**found, "max_position_embeddings": 32, **dict.fromkeys(names, turning)}
+    (rotary / "config.json").write_text(json.dumps(stretched))
+    assert run_stage("finetune", inputs(rotary, dataset), folder="stretched", **config).code == 0
+    assert "this model was made for" not in capsys.readouterr().out
 
 
 @pytest.mark.train
