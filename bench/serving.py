@@ -223,7 +223,7 @@ def _served(python: Path, engine: Path, cores: int) -> Iterator[tuple[int, int]]
     """The ports of the door, and of the Triton behind it, as the stage serve starts them in a job of so many cores."""
     from hpc.core.assets import TEMPLATES
     from hpc.inside import repository, serving
-    from hpc.inside.openai import Served
+    from hpc.inside.translating import Served
 
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as own:
         folder = Path(own) / "repository"

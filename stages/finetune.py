@@ -173,7 +173,9 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     tokenizer = models.tokenizer(folder, recipe.template(config.chat_template, ctx.inputs["dataset"]))
     rows = {part: _rows(part, tokenizer, config, ctx) for part in ("eval", "train")}
     model = recipe.model(folder, dtype, config, config.sharding)
-    recipe.positions(model, max(len(row["input_ids"]) for row in (*rows["train"], *rows["eval"])), "finetune.max_length")
+    recipe.positions(
+        model, max(len(row["input_ids"]) for row in (*rows["train"], *rows["eval"])), "finetune.max_length"
+    )
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     batches: Any = conversations.Padded(pad)

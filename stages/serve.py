@@ -294,8 +294,8 @@ def run(config: ServeConfig, ctx: Context) -> None:
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
     from hpc.inside import alone, following, matching, meeting, models, serving, triton
-    from hpc.inside.openai import Served, recommended
     from hpc.inside.service import Server, serve
+    from hpc.inside.translating import Served, recommended
 
     ranks = meeting.of(ctx.folder, os.environ)
     if not ranks.first:

@@ -25,6 +25,8 @@ from typing import Any
 
 IMAGES = "images"
 """The name of runs whose jobs build or stage images."""
+RANKS = "ranks.json"
+"""Beside a training's checkpoints: {"ranks": n}. All else that it is of counts in its key."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,11 @@ class StageDir:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def ranks(self) -> Path:
+        """How many made the checkpoints."""
+        return self.checkpoints / RANKS
 
     @property
     def manifest(self) -> Path:

@@ -157,7 +157,7 @@ def read(config: Mapping[str, Any]) -> Shape | None:
 
 
 def positions(config: Mapping[str, Any]) -> int:
-    """Longest text in tokens; where positions are stretched it is, too. Llama 3's, LongRoPE's, Gemma's figures say it."""
+    """Longest text in tokens; of stretched positions, too. Llama 3's, LongRoPE's and Gemma's figures say it already."""
     made_for = int(config.get("max_position_embeddings") or 2048)
     turning = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = turning.get("rope_type") or turning.get("type")

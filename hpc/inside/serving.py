@@ -28,7 +28,8 @@ from hpc.inside import figures, rpc, triton
 from hpc.inside.chat import Template
 from hpc.inside.door import Door
 from hpc.inside.meeting import Meeting
-from hpc.inside.openai import Api, Served
+from hpc.inside.openai import Api
+from hpc.inside.translating import Served
 from hpc.inside.triton import Triton
 
 TOKEN = "HPC_DOOR_TOKEN"

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, Refused
-from hpc.core.rundir import read_json, write_json
+from hpc.core.rundir import RANKS, read_json, write_json
 from hpc.inside import heldout, models, together
 
 _PART = ".part"
 """The folder in which a checkpoint is written, beside the whole ones."""
-_RANKS = "ranks.json"
-"""Beside the checkpoints: how many ranks made them. All else that a training is of counts in its key."""
 REFERENCE = "ref"
 """The adapter beside the one that is trained, by TRL's name; it is in no checkpoint."""
 
@@ -186,7 +184,7 @@ def resumed(folder: Path) -> Path | None:
     if together.rank() == 0:
         found = models.checkpoints(folder)
         step = models.step_of(found[0]) if found else 0
-        ranks = int((read_json(folder / _RANKS) or {}).get("ranks", world)) if step else world
+        ranks = int((read_json(folder / RANKS) or {}).get("ranks", world)) if step else world
     step, ranks = map(int, together.summed([float(step), float(ranks)]))
     if ranks != world:
         raise Refused(
@@ -194,7 +192,7 @@ def resumed(folder: Path) -> Path | None:
             hint=f"set resources to nodes × gpus_per_node = {ranks} again, or remove {folder} to begin anew",
         )
     if together.rank() == 0:
-        write_json(folder / _RANKS, {"ranks": world})
+        write_json(folder / RANKS, {"ranks": world})
     return folder / f"checkpoint-{step}" if step else None
 
 

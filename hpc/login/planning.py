@@ -11,6 +11,7 @@ from typing import IO, Any
 from hpc.core import plan as plans
 from hpc.core import stage as stages
 from hpc.core.errors import Refused, UsageError, did_you_mean
+from hpc.core.rundir import read_json
 from hpc.login import batch, slurm, succession, view
 from hpc.login import submit as submitting
 from hpc.login.facts import MachineFacts
@@ -181,6 +182,7 @@ def make(
     work = submitting.prepare(plan, settings, only[0] if only else options.target, scheduler, replace=asked)
     if not only:
         _refuse_missing(options.first, wanted, work)
+    refuse_other_ranks(work)
     return Work(settings=settings, submission=work)
 
 
@@ -252,3 +254,17 @@ def _refuse_missing(first: str | None, wanted: list[str], work: submitting.Submi
             f"--from {first}: {', '.join(missing)} is needed and not done with these settings",
             hint="submit without --from, and it is done first",
         )
+
+
+def refuse_other_ranks(work: submitting.Submission) -> None:
+    """Before a training waits in the queue for GPUs with which it cannot go on from its checkpoints."""
+    for placed in work.todo:
+        asked, folder = placed.planned.resources, placed.stage_dir
+        ranks = asked.nodes * max(1, asked.gpus_per_node)
+        before = (read_json(folder.ranks) or {}).get("ranks", ranks)
+        if placed.planned.stage.launcher == "torchrun" and before != ranks and any(folder.checkpoints.glob("*-*")):
+            raise Refused(
+                f"{placed.name} was stopped with {before} ranks, and cannot go on with {ranks}",
+                hint=f"set {placed.name}.resources to nodes × gpus_per_node = {before} again, or remove "
+                f"{folder.checkpoints} to begin anew",
+            )

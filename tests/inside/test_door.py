@@ -13,7 +13,8 @@ import pytest
 
 from hpc.inside.chat import Template
 from hpc.inside.door import FULL, Door
-from hpc.inside.openai import Api, Served
+from hpc.inside.openai import Api
+from hpc.inside.translating import Served
 
 pytestmark = [pytest.mark.train, pytest.mark.extras]
 TOKEN = "a-token"

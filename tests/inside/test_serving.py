@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hpc.inside import service, serving
-from hpc.inside.openai import Served
+from hpc.inside.translating import Served
 
 
 @contextmanager

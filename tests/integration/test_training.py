@@ -113,6 +113,9 @@ def test_a_rank_that_dies_ends_the_job_with_its_cause_and_the_next_goes_on(train
     found = trained.until(ended("finetune"), run, 120)["finetune"]
     assert found["state"] == "FAILED"
     assert found["reason"].startswith(f"on {node}: "), found
+    alone = ("--set", "max_steps=400", "--set", "finetune.resources.nodes=1")
+    refused = trained.hpc("submit", "finetune", *alone, check=False)
+    assert (refused.returncode, "was stopped with 2 ranks" in refused.stderr) == (3, True), refused.stderr
     again = submit(trained, "finetune", "--set", "max_steps=400")
     assert again == run
     under_way(trained, run)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpc.core import rundir
-from hpc.core.errors import HpcError, Interrupted, RuntimeUnavailable, UsageError
+from hpc.core.errors import HpcError, Interrupted, Refused, RuntimeUnavailable, UsageError
 from hpc.core.plan import Plan, plan
 from hpc.core.rundir import RunDir
 from hpc.core.site import Site
@@ -215,6 +215,41 @@ def test_failed_stage_and_those_after_it_are_submitted_again(cluster: Cluster) -
     assert again.run == run
     assert cluster.submitted[3:] == [("finetune", None), ("merge", "afterok:104")]
     assert (job(run, "finetune")["attempt"], job(run, "prepare")["attempt"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"nodes": 2}, ""),
+        ({"gpus_per_node": 2}, ""),
+        ({}, "finetune was stopped with 2 ranks, and cannot go on with 1"),
+        ({"nodes": 2, "gpus_per_node": 4}, "cannot go on with 8"),
+    ],
+)
+def test_another_number_of_ranks_is_refused_before_it_waits(cluster: Cluster, asked: dict[str, int], said: str) -> None:
+    first, trained, last = chain()
+    stages = [first, replace(trained, launcher="torchrun"), last]
+
+    def again(**resources: int) -> Submission:
+        wishes = [wish(one, resources=resources if one.name == "finetune" else {}) for one in stages]
+        made = plan(wishes, ["finetune"], replace(cluster.site(), gpus="gres"), FakeFacts())
+        return prepare(made, cluster.settings(), "finetune", cluster.scheduler())
+
+    work = again(nodes=2)
+    submit(work, cluster.settings(), cluster.scheduler(), lambda text: None)
+    cluster.finish(work.run, "prepare")
+    cluster.fail(work.run, "finetune")
+    folder = work.run.stage("finetune")
+    folder.checkpoints.mkdir()
+    rundir.write_json(folder.ranks, {"ranks": 2})
+    planning.refuse_other_ranks(again(**asked))  # it was stopped before it saved any
+    (folder.checkpoints / "checkpoint-5").mkdir()
+    if not said:
+        planning.refuse_other_ranks(again(**asked))
+        return
+    with pytest.raises(Refused, match=said) as refused:
+        planning.refuse_other_ranks(again(**asked))
+    assert "nodes × gpus_per_node = 2 again" in str(refused.value.hint)
 
 
 def test_other_settings_make_a_new_run_with_the_next_number(cluster: Cluster) -> None:

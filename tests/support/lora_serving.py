@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     from hpc.core import passport
     from hpc.core.assets import TEMPLATES
     from hpc.inside import lorarrays, loras, serving
-    from hpc.inside.openai import Served
+    from hpc.inside.translating import Served
     from stages import serve
 
     engine = folder / "engine"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hpc.inside import door, openai, rpc
-from hpc.inside.door import Door
-from hpc.inside.openai import Invalid, Served
+from hpc.inside import translating
+from hpc.inside.translating import Invalid, Served
 
 SERVED = Served(name="m", target="ensemble", max_tokens=99)
 
 
 def words(**body: Any) -> dict[str, Any]:
-    found = openai.words_for(body, "text", SERVED, special=False)
+    found = translating.words_for(body, "text", SERVED, special=False)
     assert len(found.pop("id")) > 8
     return found
 
@@ -35,14 +31,14 @@ def test_defaults_are_openais() -> None:
 def test_what_a_request_does_not_name_is_as_the_model_asks() -> None:
     llama = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "eos_token_id": 2}
     qwen = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
-    assert openai.recommended(llama) == {"temperature": 0.6, "top_p": 0.9}
-    assert openai.recommended(qwen) == qwen
-    assert openai.recommended(qwen, cumulative=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert translating.recommended(llama) == {"temperature": 0.6, "top_p": 0.9}
+    assert translating.recommended(qwen) == qwen
+    assert translating.recommended(qwen, cumulative=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     odd = {"temperature": 3, "top_p": True, "top_k": 1.5, "repetition_penalty": None}
-    assert openai.recommended(odd) == {}
+    assert translating.recommended(odd) == {}
 
     def drawn(**body: Any) -> dict[str, Any]:
-        found = openai.words_for(body, "text", replace(SERVED, sampling=qwen), special=False)
+        found = translating.words_for(body, "text", replace(SERVED, sampling=qwen), special=False)
         return {name: found[name] for name in qwen if name in found}
 
     assert drawn() == drawn(temperature=None, top_k=None) == qwen
@@ -64,7 +60,7 @@ def test_who_names_no_seed_gets_another_one_each_time() -> None:
 def test_half_of_a_character_is_refused() -> None:
     for prompt, more in (("\ud83d", {}), ("x", {"stop": ["\ud83d"]}), ("x", {"bad_words": "a\ude00"})):
         with pytest.raises(Invalid, match=r"half of a \\u surrogate pair"):
-            openai.words_for(more, prompt, SERVED, special=None)
+            translating.words_for(more, prompt, SERVED, special=None)
     assert words(stop="🙂")["stop_words"] == ["🙂"]
 
 
@@ -102,99 +98,28 @@ def test_what_the_models_own_loader_cannot_do_is_refused() -> None:
     served = replace(SERVED, cumulative=True)
     for name, value in (("min_tokens", 2), ("repetition_penalty", 1.1), ("bad_words", ["x"])):
         with pytest.raises(Invalid, match="not supported by this engine"):
-            openai.words_for({name: value}, "text", served, special=None)
-    assert "min_tokens" not in openai.words_for({"min_tokens": 0}, "text", served, special=None)
+            translating.words_for({name: value}, "text", served, special=None)
+    assert "min_tokens" not in translating.words_for({"min_tokens": 0}, "text", served, special=None)
 
 
 def test_an_adapter_is_asked_for_as_a_model() -> None:
     served = replace(SERVED, adapters={"stars": {"lora_id": 1, "lora_name": "stars", "lora_path": "/l/stars"}})
-    found = openai.words_for({"model": "stars"}, "text", served, special=None)
+    found = translating.words_for({"model": "stars"}, "text", served, special=None)
     assert (found["lora_id"], found["lora_name"], found["lora_path"]) == (1, "stars", "/l/stars")
     for model in ("m", None):
-        assert "lora_name" not in openai.words_for({"model": model}, "text", served, special=None)
+        assert "lora_name" not in translating.words_for({"model": model}, "text", served, special=None)
 
 
 def test_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert openai.messages_of({"messages": [{"role": "user", "content": parts}]}) == [{"role": "user", "content": "ab"}]
+    assert translating.messages_of({"messages": [{"role": "user", "content": parts}]}) == [
+        {"role": "user", "content": "ab"}
+    ]
     for wrong in (None, [], ["x"], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}],
                   [{"role": "user", "content": 5}]):  # fmt: skip
         with pytest.raises(Invalid):
-            openai.messages_of({"messages": wrong})
-    assert openai.prompt_of({"prompt": ["x"]}) == "x"
+            translating.messages_of({"messages": wrong})
+    assert translating.prompt_of({"prompt": ["x"]}) == "x"
     for prompt in (None, "", ["a", "b"], [1, 2]):
         with pytest.raises(Invalid):
-            openai.prompt_of({"prompt": prompt})
-
-
-def test_a_request_gets_an_id_and_keeps_its_own() -> None:
-    number, body = door._with_id(b'{"text_input": "x"}')
-    assert json.loads(body) == {"text_input": "x", "id": number}
-    assert door._with_id(b'{"id": "mine"}') == ("mine", b'{"id": "mine"}')
-    for other in (b"[1]", b"no", b""):
-        assert door._with_id(other) == ("", other)
-
-
-def test_grpc_counts_the_tokens_that_the_model_says() -> None:
-    names = [SimpleNamespace(name=name) for name in ("text_output", "sequence_length")]
-    several = SimpleNamespace(outputs=names, raw_output_contents=[b"\x01\0\0\0x", (7).to_bytes(4, "little")])
-    alone = SimpleNamespace(outputs=names[:1], raw_output_contents=[b"\x01\0\0\0x"])
-    empty = SimpleNamespace(outputs=[], raw_output_contents=[])
-    assert [rpc._tokens(answer) for answer in (several, alone, empty)] == [7, 1, 0]
-
-
-class Told(Door):
-    """A door whose engine keeps what it is told to stop."""
-
-    def __init__(self, most: int = 0) -> None:
-        super().__init__("t", "http://nowhere", stop_model="m", most=most)
-        self.told: list[str] = []
-
-    async def _tell(self, number: str) -> None:
-        self.told.append(number)
-
-
-def test_a_client_that_leaves_ends_no_other_request_with_its_id() -> None:
-    def client(*, closing: bool) -> Any:
-        return SimpleNamespace(transport=SimpleNamespace(is_closing=lambda: closing))
-
-    async def check() -> None:
-        for other_by_grpc in (False, True):
-            door, other = Told(), None
-            if other_by_grpc:
-                other = rpc._Other(door)
-                other._let_in("1")
-            async with door.client(client(closing=False), "1" if other is None else "2"):
-                async with door.client(client(closing=True), "1"):
-                    await asyncio.sleep(0.05)
-                if other is None:
-                    leaving = rpc._Other(door)
-                    leaving._let_in("1")
-                    assert leaving.leave(answered=False), "its answer is read to the end, as if the engine were told"
-                    leaving.over()
-            await asyncio.sleep(0)
-            assert door.told == []
-            if other is not None:
-                assert other.leave(answered=False)
-                other.over()
-            async with door.client(client(closing=True), "1"):
-                await asyncio.sleep(0.05)
-            assert door.told == (["1"] if other is None else ["1", "1"])
-            assert not door._ids
-
-    asyncio.run(check())
-
-
-def test_a_request_more_than_may_wait_is_refused_by_grpc_too() -> None:
-    async def check() -> None:
-        door = Told(most=2)
-        one = rpc._Single(door)
-        for number in "12":
-            assert not door.busy
-            one._let_in(number)
-        with pytest.raises(rpc._Busy, match=r"as many requests wait as may \(serve.queue_size\)"):
-            one.begin(b"")
-        one.over()
-        assert not door.busy
-
-    asyncio.run(check())
+            translating.prompt_of({"prompt": prompt})
