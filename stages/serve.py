@@ -46,7 +46,7 @@ class ServeConfig:
     name: str = "ensemble"
     """The model's name for clients of OpenAI's API."""
     streaming: bool = True
-    """Answers come piece by piece. It sets `decoupled` in all models."""
+    """Answers come piece by piece. It sets `decoupled` in all models. Off, no request joins a batch of the CPU engine."""
     stream_interval_ms: int = 16
     """Milliseconds between two pieces: faster tokens share one; 0: a piece for each token. (onnxruntime_genai)"""
     engine_batch_size: int = 0
@@ -260,6 +260,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         engine_max_batch_size=config.engine_batch_size,
         stream_interval_ms=config.stream_interval_ms,
         max_seq_len=config.max_seq_len or 0,
+        default_max_tokens=config.max_tokens,
         exclude_input_in_output=config.exclude_input,
         batching_strategy=config.batching,
         kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
@@ -295,7 +296,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
     from hpc.core.errors import HpcError
     from hpc.inside import alone, following, matching, meeting, models, serving, triton
     from hpc.inside.service import Server, serve
-    from hpc.inside.translating import Served, recommended
+    from hpc.inside.translating import Served, beginning, recommended
 
     ranks = meeting.of(ctx.folder, os.environ)
     if not ranks.first:
@@ -313,10 +314,10 @@ def run(config: ServeConfig, ctx: Context) -> None:
     wraps = config.engine == "llmapi"
     generation = rundir.read_json(engine / "generation_config.json") if config.generation_config else None
     served = Served(
-        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=wraps,
+        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=wraps, wraps=wraps,
         streams=config.streaming, adapters=_adapters(config, engine),
-        echoes=not config.exclude_input and not wraps,  # llmapi leaves the prompt out by itself
-        sampling=recommended(generation or {}, cumulative=wraps),
+        echoes=not config.exclude_input and not wraps,
+        sampling=recommended(generation or {}, wraps=wraps), begins=beginning(tokenizer) if wraps else "",
     )  # fmt: skip
     if served.sampling:
         drawn = ", ".join(f"{name} {value:g}" for name, value in served.sampling.items())

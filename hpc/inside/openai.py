@@ -77,7 +77,7 @@ class Api:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
         if self._door.busy:
             return unavailable(self._door.busy)
-        form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.cumulative)
+        form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.wraps)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)

@@ -32,7 +32,7 @@ def ask(door: Doorway, question: Question, protocol: Protocol = "openai") -> Gen
     else:
         target = triton_target(door)
         path = f"/v2/models/{target.model}/generate{'_stream' if question.stream else ''}"
-        body, piece = words.triton(question), TritonPieces(target.cumulative).piece
+        body, piece = words.triton(question, target), TritonPieces(target.cumulative).piece
     over = False
     for event in _events(door, path, body):
         found = piece(event)

@@ -16,6 +16,7 @@ from hpc.login.question import Piece, Question, TritonPieces
 _TYPES = {
     "text_input": "BYTES", "max_tokens": "INT32", "min_tokens": "INT32", "stop_words": "BYTES", "top_k": "INT32",
     "top_p": "FP32", "temperature": "FP32", "repetition_penalty": "FP32", "random_seed": "UINT64", "stream": "BOOL",
+    "exclude_input": "BOOL",
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def ask(door: Doorway, question: Question) -> Iterator[Piece]:
         target = words.target(config.get("config", config))
         batched = [1] if int(config.get("config", config).get("max_batch_size", 0)) else []
         inputs = []
-        for name, value in words.triton(question).items():
+        for name, value in words.triton(question, target).items():
             values = [one.encode() if isinstance(one, str) else one for one in _listed(value)]
             tensor = np.array(values, dtype=kinds[_TYPES[name]]).reshape([*batched, len(values)])
             inputs.append(grpc.InferInput(name, list(tensor.shape), _TYPES[name]))

@@ -64,6 +64,8 @@ class Target:
     model: str
     cumulative: bool = False
     """Each of its responses holds all of the text so far."""
+    wraps: bool = False
+    """It is TensorRT-LLM's LLM API, which writes the prompt before the answer where it is not told otherwise."""
 
 
 def openai(question: Question) -> tuple[str, dict[str, Any]]:
@@ -78,8 +80,8 @@ def openai(question: Question) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", {"prompt": question.text, **asked}
 
 
-def triton(question: Question) -> dict[str, Any]:
-    """The inputs of Triton's model: the same sampling as the door makes of OpenAI's words."""
+def triton(question: Question, target: Target) -> dict[str, Any]:
+    """The inputs of Triton's model: the sampling that OpenAI's API has, whatever the model asks for."""
     sampling = question.sampling
     asked: dict[str, Any] = {
         "text_input": question.text,
@@ -98,6 +100,8 @@ def triton(question: Question) -> dict[str, Any]:
         "min_tokens": sampling.min_tokens,
         "repetition_penalty": sampling.repetition_penalty,
     }
+    if target.wraps:
+        asked["exclude_input"] = True
     return {**asked, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -106,7 +110,7 @@ def target(ensemble: Mapping[str, Any]) -> Target:
     steps = [_table(step).get("model_name") for step in _list(_table(ensemble.get("ensemble_scheduling")).get("step"))]
     outputs = [_table(output).get("name") for output in _list(ensemble.get("output"))]
     if steps[:1] == ["tensorrt_llm"]:
-        return Target("ensemble", cumulative=True)
+        return Target("ensemble", cumulative=True, wraps=True)
     return Target("ensemble" if "finish_reason" in outputs else "tensorrt_llm_bls")
 
 

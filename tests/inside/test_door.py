@@ -166,7 +166,7 @@ def test_usage_is_told_where_tokens_are_counted() -> None:
     one = event(text_output="x", sequence_length=3, prompt_length=2)
     _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one)
     assert said["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
-    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, cumulative=True)
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, cumulative=True, wraps=True)
     assert (said["choices"][0]["text"], "usage" in said) == ("x", False)
 
 
