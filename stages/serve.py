@@ -46,7 +46,7 @@ class ServeConfig:
     name: str = "ensemble"
     """The model's name for clients of OpenAI's API."""
     streaming: bool = True
-    """Answers come piece by piece. It sets `decoupled` in all models. Off, no request joins a batch of the CPU engine."""
+    """Answers come piece by piece. It sets `decoupled` in all models. Off, nothing joins a batch of the CPU engine."""
     stream_interval_ms: int = 16
     """Milliseconds between two pieces: faster tokens share one; 0: a piece for each token. (onnxruntime_genai)"""
     engine_batch_size: int = 0

@@ -95,8 +95,8 @@ def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:
     assert "decoupled: true" in text
     assert "${" not in text
     assert (made / "tensorrt_llm" / "1" / "model.py").read_text() == "# the vendor's"
-    (step,) = config(made, "ensemble")["ensemble_scheduling"]["step"]
-    assert step["input_map"]["sampling_param_exclude_input_from_output"] == "exclude_input"
+    ensemble = (made / "ensemble" / "config.pbtxt").read_text()
+    assert 'key: "sampling_param_exclude_input_from_output" value: "exclude_input"' in ensemble
 
 
 def test_llmapi_knows_its_adapters_beforehand(tmp_path: Path) -> None:
