@@ -246,9 +246,12 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     if not cache and config.engine == "onnxruntime_genai":
         cache = kvbudget.tokens(engine, config.kv_cache_fraction)
     lora: dict[str, Any] = {}
-    if config.engine == "tensorrt_llm" and (built := passport.read(engine)).max_lora_rank:
-        lorarrays.refuse_vendor(built, config.vendor_repository)
-        lora = lorarrays.settings(built, config.lora_cache_fraction)
+    if config.engine == "tensorrt_llm":
+        built = passport.read(engine)
+        config = replace(config, max_seq_len=built.max_seq_len)
+        if built.max_lora_rank:
+            lorarrays.refuse_vendor(built, config.vendor_repository)
+            lora = lorarrays.settings(built, config.lora_cache_fraction)
     settings = repository.Settings(
         triton_max_batch_size=config.max_batch_size,
         decoupled_mode=config.streaming,

@@ -103,7 +103,7 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
     parameters = {"gpt_model_type": settings.batching_strategy, **{n: found[n] for n in _ENGINE_PARAMETERS}}
     texts = {name: _word(value) for name, value in found.items() if value is not None}
     lines = [_PARAMETER.format(name, _word(value)) for name, value in parameters.items() if value is not None]
-    maps = _BY_OUR_ENGINE if engine == "onnxruntime_genai" else dict.fromkeys(_BY_OUR_ENGINE, "")
+    maps = _BY_OUR_ENGINE if engine == "onnxruntime_genai" else {**dict.fromkeys(_BY_OUR_ENGINE, ""), **_BY_TENSORRT}
     taken = "" if engine == "llmapi" else _ADAPTER_INPUT
     return {**texts, **maps, "bls_adapter_input": taken, "engine_parameters": "\n".join(lines)}
 
@@ -133,6 +133,8 @@ _BY_OUR_ENGINE = {
 }  # fmt: skip
 """What our own engine's model takes and tells beyond tokens: an adapter's name; which part of their text is certain,
 and why it ended."""
+_BY_TENSORRT = {"ensemble_engine_inputs": _maps("input_map", min_length="min_tokens", seed="random_seed")}
+"""Other releases' names for the same: the backend does not look at those that it does not know."""
 
 
 def _word(value: object) -> str:

@@ -163,6 +163,7 @@ def test_the_server_lists_them_and_tells_the_model_their_tasks(tmp_path: Path) -
     assert found == ["16", "64", "0.2", str(4 << 30)]
     assert repository.parameter(bls, "adapters") == '{"stars": 1}'
     assert repository.parameter(bls, "engine_dir") == str(tmp_path)
+    assert repository.parameter(bls, "max_seq_len") == "1", "the engine's, which it cuts answers at"
     ensemble = (tmp_path / "repository" / "ensemble" / "config.pbtxt").read_text()
     assert "lora_name" not in ensemble, "it cannot ask twice"
     with pytest.raises(HpcError, match="takes no adapters by name"):

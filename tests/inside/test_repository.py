@@ -74,8 +74,23 @@ def test_the_engine_backend_has_what_was_set_and_nothing_else(tmp_path: Path) ->
         "max_beam_width": "1", "max_tokens_in_paged_kv_cache": "2560", "max_attention_window_size": "2561",
         "batch_scheduler_policy": "guaranteed_no_evict", "kv_cache_free_gpu_mem_fraction": "0.5",
         "exclude_input_in_output": "true", "cancellation_check_period_ms": "100", "enable_kv_cache_reuse": "true",
-        "enable_chunked_context": "true",
+        "enable_chunked_context": "true", "tokenizer_dir": "", "xgrammar_tokenizer_info_path": "",
+        "guided_decoding_backend": "",
     }  # fmt: skip
+
+
+def test_tensorrt_llm_is_told_by_the_names_of_every_release(tmp_path: Path) -> None:
+    """A backend ignores what it does not know, in silence: up to 0.19 min_length and random_seed, then the others."""
+    made = render(tmp_path, "tensorrt_llm")
+    inputs = {i["name"][0]: i for i in config(made, "tensorrt_llm")["input"]}
+    (_, step, _) = config(made, "ensemble")["ensemble_scheduling"][0]["step"]
+    maps = {m["key"][0]: m["value"][0] for m in step["input_map"]}
+    for name, kind in (("min_tokens", "TYPE_INT32"), ("random_seed", "TYPE_UINT64")):
+        asked = [engines for engines, value in maps.items() if value == name]
+        assert sorted(asked) == sorted((name, {"min_tokens": "min_length", "random_seed": "seed"}[name]))
+        assert [(inputs[a]["data_type"], inputs[a]["optional"]) for a in asked] == [([kind], ["true"])] * 2
+    (_, step, _) = config(render(tmp_path, "onnxruntime_genai"), "ensemble")["ensemble_scheduling"][0]["step"]
+    assert not {"min_length", "seed"} & {m["key"][0] for m in step["input_map"]}
 
 
 def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ class TritonPythonModel:
         self.special = parameters["add_special_tokens"] == "true"
         self.max_tokens = int(parameters["default_max_tokens"])
         self.end, self.pad = _ends(folder, self.tokenizer)
+        # TensorRT-LLM takes one end: the others are stop words to it. Our own engine knows them all
+        self.further = _further(folder, self.end) if parameters["stop_words_as"] == "tokens" else []
 
     def execute(self, requests):
         return [self._answer(request) for request in requests]
@@ -37,18 +39,19 @@ class TritonPythonModel:
             pb_utils.Tensor("INPUT_ID", np.array([tokens], np.int32)),
             pb_utils.Tensor("REQUEST_INPUT_LEN", np.array([[len(tokens)]], np.int32)),
             pb_utils.Tensor("BAD_WORDS_IDS", self._words(_tensor(request, "BAD_WORDS_DICT"))),
-            pb_utils.Tensor("STOP_WORDS_IDS", self._words(_tensor(request, "STOP_WORDS_DICT"))),
+            pb_utils.Tensor("STOP_WORDS_IDS", self._words(_tensor(request, "STOP_WORDS_DICT"), self.further)),
             pb_utils.Tensor("REQUEST_OUTPUT_LEN", np.array([[length]], np.int32)),
             pb_utils.Tensor("OUT_END_ID", np.array([[self.end]], np.int32)),
             pb_utils.Tensor("OUT_PAD_ID", np.array([[self.pad]], np.int32)),
         ]
         return pb_utils.InferenceResponse(tensors)
 
-    def _words(self, words):
+    def _words(self, words, further=()):
         """The engine's word lists: the tokens of all words after each other, and where each ends, filled up with -1."""
         tokens, ends = [], []
-        for word in [] if words is None else map(_text, words.flat):
-            found = self.tokenizer.encode(word, add_special_tokens=False).ids if word else []
+        texts = [] if words is None else map(_text, words.flat)
+        known = [self.tokenizer.encode(word, add_special_tokens=False).ids for word in texts if word]
+        for found in [*known, *([token] for token in further)]:
             if found:
                 tokens += found
                 ends.append(len(tokens))
@@ -59,8 +62,7 @@ class TritonPythonModel:
 
 def _ends(folder, tokenizer):
     """(end, pad) as the tokenizer's settings name them; -1 where they do not."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = _json(folder / "tokenizer_config.json")
 
     def number(name):
         value = settings.get(name)
@@ -70,6 +72,17 @@ def _ends(folder, tokenizer):
 
     end, pad = number("eos_token"), number("pad_token")
     return end, end if pad < 0 else pad
+
+
+def _further(folder, end):
+    """The other tokens that end an answer, as the model's generation_config.json has them."""
+    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [token for token in ends if token != end]
+
+
+def _json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _tensor(request, name):

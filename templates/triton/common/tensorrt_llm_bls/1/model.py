@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -16,8 +17,9 @@ _ENGINE_INPUTS = {
     "repetition_penalty": "repetition_penalty",
     "random_seed": "random_seed",
     "lora_name": "lora_name",
-    "stream": "streaming",
 }
+_OTHER_NAMES = {"min_tokens": "min_length", "random_seed": "seed"}
+"""TensorRT-LLM's for the same, by its release: it does not look at names that it does not know."""
 _PROMPT_INPUTS = {
     "text_input": "QUERY",
     "bad_words": "BAD_WORDS_DICT",
@@ -45,6 +47,10 @@ class TritonPythonModel:
         self.texts = parameters["stop_words_as"] == "text"
         # our own engine knows its adapters by name; TensorRT-LLM's backend knows tasks, and takes arrays
         self.adapters = None if self.texts else Adapters(parameters["adapters"], parameters["engine_dir"])
+        self.longest = int(parameters["max_seq_len"])
+        self.exclude = parameters["exclude_input_in_output"] == "true"
+        self.asked = []
+        """The ids of the requests that the engine works on."""
         self.decoupled = config["model_transaction_policy"]["decoupled"]
         self.pool = ThreadPoolExecutor(max(1, int(parameters["max_batch_size"])))
 
@@ -81,32 +87,42 @@ class TritonPythonModel:
         inputs = [pb_utils.Tensor(_PROMPT_OUTPUTS[t.name()], t.as_numpy()) for t in prompt.output_tensors()]
         inputs += _renamed(request, _ENGINE_INPUTS)
         stops = _words(request, "stop_words")
+        # a stop word may come in other tokens than TensorRT-LLM looks for: its pieces are heard (which lack the prompt)
+        heard = stream or bool(stops and self.decoupled and self.exclude and not self.texts)
+        inputs.append(pb_utils.Tensor("streaming", np.array([[heard]])))
+        if not self.texts:
+            inputs += _renamed(request, _OTHER_NAMES)
         if self.texts and stops:
             inputs.append(pb_utils.Tensor("stop_words", np.array([stops], dtype=object)))
         known = {tensor.name(): tensor.as_numpy() for tensor in inputs}
         limit, asked = int(known["request_output_len"].flat[0]), int(known["input_lengths"].flat[0])
+        if self.longest:
+            limit = min(limit, self.longest - asked)  # as the engine has it, in silence
+        if not self.texts and "min_tokens" in known and known["min_tokens"].flat[0] >= limit:
+            inputs = [tensor for tensor in inputs if tensor.name() != "stop_words_list"]  # which end it all the same
         streamer, count, text, reason = Streamer(self._decode, stops), 0, "", ""
         sent, whole = 0, []
-        for tokens, said in self._answered(inputs, request.request_id()):
+        answers = self._answered(inputs, request.request_id() or uuid4().hex)
+        for tokens, said in answers:
             if cancelled():
                 reason = "cancelled"
                 break
             count += len(tokens)
-            if not stream:
+            if not heard:
                 whole += tokens
-            elif not streamer.stopped and tokens:
+            elif tokens:
                 text += streamer.push(tokens)
             reason = said or reason
             if streamer.stopped:
-                reason = "stop"
-            elif stream and text:
+                break
+            if stream and text:
                 yield _response(text, count - sent, asked, ""), False
                 text, sent = "", count
         if not streamer.stopped and (whole or streamer.window):
             text += streamer.push(whole, last=True)
-            reason = "stop" if streamer.stopped else reason
-        reason = reason or ("length" if count >= limit else "stop")
+        reason = "stop" if streamer.stopped else reason or ("length" if count >= limit else "stop")
         yield _response(text, count - sent, asked, reason), True
+        answers.close()  # now that the client has its answer
 
     def _answered(self, inputs, number):
         """The same, with the adapter that the request names: whole where the engine's cache has lost it."""
@@ -127,20 +143,41 @@ class TritonPythonModel:
             yield from self._tokens(inputs + self.adapters.task(name) + self.adapters.arrays(name), number)
 
     def _tokens(self, inputs, number):
-        """(new tokens, why it ended) of each of the engine's responses."""
+        """(new tokens, why it ended) of each of the engine's responses. Closed before the last, it stops the engine."""
         outputs = ["output_ids", "sequence_length", *(["finish_reason"] if self.texts else [])]
         asked = pb_utils.InferenceRequest(
             request_id=number, model_name=self.engine, requested_output_names=outputs, inputs=inputs
         )
         answers = asked.exec(decoupled=True) if self.decoupled else [asked.exec()]
-        for answer in answers:
-            if answer.has_error():
-                raise RuntimeError(answer.error().message())
-            found = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
-            if found:
-                length = int(found["sequence_length"].flat[0])
-                reason = found["finish_reason"].flat[0].decode() if "finish_reason" in found else ""
-                yield found["output_ids"].reshape(-1)[:length].tolist(), reason
+        self.asked.append(number)
+        try:
+            for answer in answers:
+                if answer.has_error():
+                    raise RuntimeError(answer.error().message())
+                found = {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
+                if found:
+                    length = int(found["sequence_length"].flat[0])
+                    reason = found["finish_reason"].flat[0].decode() if "finish_reason" in found else ""
+                    yield found["output_ids"].reshape(-1)[:length].tolist(), reason
+        except GeneratorExit:
+            if self.decoupled and self.asked.count(number) == 1:  # else it might end the other with this id
+                self._stop(number)
+            for _ in answers:  # Triton forgets only what was read to its end
+                pass
+            raise
+        finally:
+            self.asked.remove(number)
+
+    def _stop(self, number):
+        """Tell the engine that nobody waits for the rest."""
+        needed = ("input_ids", "input_lengths", "request_output_len")
+        inputs = [pb_utils.Tensor(name, np.array([[1]], np.int32)) for name in needed]
+        inputs.append(pb_utils.Tensor("stop", np.array([[True]])))
+        asked = pb_utils.InferenceRequest(
+            request_id=number, model_name=self.engine, requested_output_names=["output_ids"], inputs=inputs
+        )
+        for _ in asked.exec(decoupled=True):
+            pass
 
     def _decode(self, tokens):
         inputs = [
