@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hpc.core import rundir
 from hpc.core.errors import STOPPED, HpcError
-from hpc.inside import once, together
+from hpc.inside import once, service, together
 
 _POLL_S = 0.2
 _MEET_S = 3600
@@ -79,9 +79,8 @@ def meet(attempt: rundir.AttemptDir, node: int, nodes: int, env: Mapping[str, st
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Of those that the kernel gives to no client: seconds go by until the first rank listens there."""
+    return service.free_ports(("ranks",), 0, "")["ranks"]
 
 
 def _pass_on() -> None:

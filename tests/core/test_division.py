@@ -202,8 +202,8 @@ def test_the_smallest_division_is_found() -> None:
 
 
 def test_a_70b_model_on_16_gpus_is_judged_in_milliseconds() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()  # other processes share the cores
     division.judge("build", "build", LARGE, A100, 8, Division(tp=8, pp=2))
     with pytest.raises(Refused):
         division.judge("build", "build", LARGE, SLICE, 8, Division(tp=8, pp=2))
-    assert time.perf_counter() - started < 0.05
+    assert time.thread_time() - started < 0.05

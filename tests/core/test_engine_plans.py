@@ -408,10 +408,10 @@ def test_untyped_gres_takes_the_partitions_only_type() -> None:
 def test_70b_on_16_gpus_is_planned_in_50_ms() -> None:
     world = facts(LLAMA_70B)
     best = 1.0
-    for _ in range(5):  # the best of five: other processes share the cores
-        started = time.perf_counter()
+    for _ in range(5):  # the best of five, and not counting what others have of the core: other processes share it
+        started = time.thread_time()
         both(world=world, tp_size=8, pp_size=2)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.thread_time() - started)
     assert best < 0.05
 
 

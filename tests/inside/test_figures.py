@@ -58,20 +58,28 @@ def test_rates_are_those_since_the_last_look() -> None:
 
 def test_the_file_is_written_when_something_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "_EVERY_S", 0.01)
-    counts, path, seen = Figures(), tmp_path / "figures.json", []
+    counts, path, looks = Figures(), tmp_path / "figures.json", [0]
 
     async def ask() -> str:
+        looks[0] += 1
         return METRICS % (1, 1)
 
-    async def run() -> None:
-        task = asyncio.ensure_future(figures.keep(path, counts, ask))
-        for tokens in (0, 0, 5):
-            counts.tokens = tokens
-            await asyncio.sleep(0.1)
-            seen.append(path.stat().st_mtime_ns)
-        task.cancel()
+    async def further(number: int) -> int:
+        """When the file was written, once so many looks more have come to their end."""
+        enough = looks[0] + number + 1
+        while looks[0] < enough:
+            await asyncio.sleep(0.01)
+        return path.stat().st_mtime_ns
 
-    asyncio.run(run())
+    async def run() -> list[int]:
+        task = asyncio.ensure_future(figures.keep(path, counts, ask))
+        seen = [await further(1), await further(5)]
+        counts.tokens = 5
+        seen.append(await further(1))
+        task.cancel()
+        return seen
+
+    seen = asyncio.run(asyncio.wait_for(run(), 60))
     assert seen[0] == seen[1] < seen[2]
     document = json.loads(path.read_text())
     assert (document["schema"], document["tokens"]) == ("hpc.figures/1", 5)

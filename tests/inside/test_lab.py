@@ -174,38 +174,39 @@ def kernel(here: Path, packages: Path, seconds: float) -> subprocess.Popen[str]:
 
 def until_at_work(here: Path) -> None:
     events = here / "p/attempt-1/events.jsonl"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (events.exists() and "sleeping" in events.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def test_interrupted_cell_saves_and_goes_on_where_it_was(here: Path, packages: Path) -> None:
-    cell = kernel(here, packages, 60)
+    cell = kernel(here, packages, 600)
     until_at_work(here)
     cell.send_signal(signal.SIGINT)
-    out, err = cell.communicate(timeout=30)
+    out, err = cell.communicate(timeout=60)
     assert cell.returncode == 130, err
     assert "first was stopped; run the cell again" in out
     assert (here / "p/checkpoints/saved").exists()
     other = kernel(here, packages, 0.1)  # other settings: the checkpoint is not theirs
-    assert '"resumed": false' in other.communicate(timeout=30)[0]
+    assert '"resumed": false' in other.communicate(timeout=60)[0]
 
 
 def test_same_cell_goes_on_from_the_checkpoint(here: Path, packages: Path) -> None:
-    cell = kernel(here, packages, 2)
+    cell = kernel(here, packages, 600)
     until_at_work(here)
     cell.send_signal(signal.SIGINT)
-    cell.communicate(timeout=30)
-    assert '"resumed": true' in kernel(here, packages, 2).communicate(timeout=30)[0]
+    cell.communicate(timeout=60)
+    (here / "p/checkpoints" / probe.ENOUGH).touch()
+    assert '"resumed": true' in kernel(here, packages, 600).communicate(timeout=60)[0]
 
 
 def test_stage_ends_with_its_kernel(here: Path, packages: Path) -> None:
-    cell = kernel(here, packages, 60)
+    cell = kernel(here, packages, 600)
     until_at_work(here)
     cell.kill()
     cell.communicate()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (here / "p/checkpoints/saved").exists():  # written at SIGTERM
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -251,7 +252,7 @@ def test_service_is_started_asked_and_ended(here: Path, packages: Path) -> None:
 
 def gone(*paths: Path) -> list[Path]:
     """Those that are still there after a while."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := [path for path in paths if path.exists()]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
@@ -291,10 +292,10 @@ def test_interrupted_start_ends_what_was_started(here: Path, packages: Path) -> 
     cell = served(here, packages, "try:", f"    {START.format(', delay=60.0')}",
                   "except lab.LabError as error: print(error.message)")  # fmt: skip
     events = here / "s/attempt-1/stdout"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (events.exists() and "door opens" in events.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     cell.send_signal(signal.SIGINT)
-    out, err = cell.communicate(timeout=30)
+    out, err = cell.communicate(timeout=60)
     assert "door was stopped" in out, err

@@ -79,7 +79,7 @@ class Service:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def ready(self, timeout: float = 20) -> endpoint.Endpoint:
+    def ready(self, timeout: float = 60) -> endpoint.Endpoint:
         assert self.process is not None
         deadline = time.monotonic() + timeout
         while (found := endpoint.read(self.folder)) is None:
@@ -92,7 +92,7 @@ class Service:
         assert self.process is not None
         if number is not None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=120)
         assert "Traceback" not in err, err
         return self.process.returncode, out.strip()
 
@@ -174,7 +174,11 @@ def test_warning_before_the_limit_is_told_and_it_serves_on(serving: Service) -> 
     os.kill(found.pid, signal.SIGUSR2)  # Slurm signals every process of the job
     assert serving.process is not None
     serving.process.send_signal(signal.SIGUSR2)
-    time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while serving.events()[-1]["phase"] != "ending":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # some looks of the service
     assert ask(found, "/health", serving.token)
     assert serving.events()[-1]["phase"] == "ending"
     assert endpoint.read(serving.folder) == found
@@ -182,16 +186,16 @@ def test_warning_before_the_limit_is_told_and_it_serves_on(serving: Service) -> 
 
 
 def test_asked_to_end_while_it_starts(serving: Service) -> None:
-    serving.start(delay="60")
+    serving.start(delay="600", options="grace_s=300")
     assert serving.process is not None
     children = Path(f"/proc/{serving.process.pid}/task/{serving.process.pid}/children")
     begin = time.monotonic()
     while not children.read_text():  # the server
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60
         time.sleep(0.02)
     begin = time.monotonic()
     assert serving.end(signal.SIGTERM) == (0, "")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60, "it waits for neither"
 
 
 def test_server_that_does_not_heed_sigterm_is_killed(serving: Service) -> None:
@@ -222,12 +226,14 @@ def test_end_by_its_user_is_no_error(serving: Service) -> None:
 
 
 def test_no_answer_in_time_is_told(serving: Service) -> None:
-    serving.start(delay="60", options="ready_s=1")
+    serving.start(delay="600", options="ready_s=1")
     assert serving.end() == (9, "the service did not answer within 1 s")
 
 
 def test_a_port_that_is_wished_for(serving: Service) -> None:
-    wish = service.free_ports(["http"], 0, "127.0.0.1")["http"]
+    # of those that neither a service nor the kernel chooses, one that is this process's own: nobody takes it meanwhile
+    own = range(10_000 + os.getpid() % 20_000, 31_000)
+    wish = next(port for port in own if service._is_free(port, "127.0.0.1"))
     serving.start(options=f"wish={wish}")
     assert serving.ready().port == wish
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.core import stale
 from hpc.core.errors import VerificationFailed
 from hpc.inside import transfer
 from hpc.inside.transfer import Expected, Remote
@@ -133,24 +134,51 @@ def test_a_dead_jobs_lock_is_taken_over_and_a_living_ones_is_not(hub: Hub, tmp_p
     assert not hub.asked, "its owner may still be at work"
     old = time.time() - 1000
     os.utime(lock, (old, old))
-    job.join(10)
+    job.join(60)
     stop.set()
     assert (tmp_path / "big").exists()
 
 
 def test_a_slow_transfer_keeps_its_lock(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slower than a chunk in the time after which a lock is taken for a dead job's."""
-    monkeypatch.setattr(transfer, "_STALE_S", 0.6)
-    monkeypatch.setattr(transfer, "_TOUCH_S", 0.05)
-    monkeypatch.setattr(transfer, "_WAIT_S", 0.1)
-    hub.pace_s = 0.2
+    """Between two parts the lock grows old; each part makes it young before the other job looks at it again."""
+    monkeypatch.setattr(transfer, "_TOUCH_S", 0.0)
+    monkeypatch.setattr(transfer, "_WAIT_S", 0.01)
     hub.files["big"] = DATA[: 7 << 16]
+    lock, free = tmp_path / "big.lock", stale.free
+    turn, looked, parts = threading.Lock(), threading.Event(), [0]
+
+    def look(place: Path, seconds: float) -> None:
+        with turn:
+            free(place, seconds)
+        looked.set()
+
+    def old() -> bool:
+        try:
+            return lock.stat().st_mtime < 1000
+        except FileNotFoundError:  # all is there
+            return False
+
+    def after_part() -> None:
+        deadline = time.monotonic() + 30
+        while (is_old := old()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if parts[0]:
+            turn.release()
+        parts[0] += 1
+        if parts[0] < 7 and not is_old:
+            looked.clear()
+            looked.wait(60)
+            turn.acquire()
+            os.utime(lock, (1, 1))
+
+    monkeypatch.setattr(stale, "free", look)
+    hub.after_part = after_part
     jobs = [threading.Thread(target=transfer.download, args=(remote(hub), tmp_path / "big")) for _ in range(2)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
-    assert len(hub.asked) == 1
+    assert (len(hub.asked), parts[0] >= 6) == (1, True), "each time that it was old"
     assert (tmp_path / "big").read_bytes() == hub.files["big"]
 
 

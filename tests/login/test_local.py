@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CHAIN = ["first", "second", "third"]
 
 
-def until(found: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+def until(found: Callable[[], Any], what: str, timeout: float = 60) -> Any:
     """Ask until there is something."""
     deadline = time.monotonic() + timeout
     while not (value := found()):
@@ -62,7 +62,7 @@ class Local:
     def hpc(self, *arguments: str, code: int = 0, before: str = "", env: dict[str, str] | None = None) -> Any:
         """`hpc ARGUMENTS`, which must end with this code. `before`: Python that runs in the process first."""
         done = self.popen(*arguments, before=before, env=env)
-        out, err = done.communicate(timeout=60)
+        out, err = done.communicate(timeout=120)
         assert done.returncode == code, (done.returncode, out, err)
         return subprocess.CompletedProcess(arguments, code, out, err)
 
@@ -93,6 +93,10 @@ class Local:
         until(lambda: events.exists() and '"running"' in events.read_text(), f"{stage} running")
         process: int = self.read(f"{stage}/attempt-1/process.json")["pid"]
         return process
+
+    def enough(self, stage: str = "first-1/first") -> None:
+        """The stage need sleep no longer, nor when it is started again."""
+        (self.folder / "runs" / stage / "checkpoints" / probe.ENOUGH).touch()
 
     def end(self) -> None:
         """End what a failed test left: by the process groups that the jobs' files name."""
@@ -243,7 +247,7 @@ def test_crash_is_told_as_a_signal(local: Local) -> None:
 
 
 def test_cancel_ends_running_and_waiting_stages(local: Local) -> None:
-    local.hpc("submit", "pipeline", "--set", "first.seconds=60", "--set", "first.checkpoint=true")
+    local.hpc("submit", "pipeline", "--set", "first.seconds=600", "--set", "first.checkpoint=true")
     process = local.running()
     assert local.states() == {"first": "RUNNING", "second": "PENDING", "third": "PENDING"}
     done = local.hpc("cancel")
@@ -253,7 +257,7 @@ def test_cancel_ends_running_and_waiting_stages(local: Local) -> None:
 
 
 def test_cancel_kills_a_stage_that_does_not_listen(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=60")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     process = local.running("first-1/first")
     local.hpc("cancel", "first-1/first", before="from hpc.login import cancel\ncancel._GRACE_S = 0.5")
     assert process_start(process) is None
@@ -262,25 +266,26 @@ def test_cancel_kills_a_stage_that_does_not_listen(local: Local) -> None:
 
 
 def test_stage_that_saves_on_cancel_is_resumed_by_the_next_submit(local: Local) -> None:
-    settings = ("--set", "first.seconds=1.5", "--set", "first.checkpoint=true")
+    settings = ("--set", "first.seconds=600", "--set", "first.checkpoint=true")
     local.hpc("submit", "first", *settings)
     local.running("first-1/first")
     local.hpc("cancel", "first-1")
     assert (local.folder / "runs/first-1/first/checkpoints/saved").exists()
+    local.enough()
     local.hpc("submit", "first", *settings, "--wait")
     assert local.read("first-1/first/out/result.json")["resumed"] is True
     assert local.json("status")["stages"][0]["attempt"] == 2
 
 
 def test_job_of_an_hpc_that_was_killed_before_it_wrote_the_number_is_known(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=4")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     pid = local.running("first-1/first")
     job = local.folder / "runs/first-1/first/job.json"
     before = {**json.loads(job.read_text()), "status": "submitting", "job_id": None}  # as it is just before the start
     job.write_text(json.dumps(before))
     (row,) = local.json("status")["stages"]
     assert (row["state"], row["job_id"]) == ("RUNNING", str(pid))
-    assert "nothing to do for first (RUNNING" in local.hpc("submit", "first", "--set", "first.seconds=4").stdout
+    assert "nothing to do for first (RUNNING" in local.hpc("submit", "first", "--set", "first.seconds=600").stdout
     assert json.loads(job.read_text())["job_id"] == str(pid)
 
 
@@ -296,33 +301,41 @@ def test_run_that_has_it_all_is_named_though_the_code_is_newer(local: Local) -> 
 
 
 def test_killed_job_is_lost_and_submit_runs_it_again(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=2")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
     process = local.read("first-1/first/attempt-1/process.json")
     os.killpg(process["group"], signal.SIGKILL)
     until(lambda: process_start(process["pid"]) is None, "its end")
     assert local.states() == {"first": "LOST"}
-    local.hpc("submit", "first", "--set", "first.seconds=2", "--wait")
+    local.enough()
+    local.hpc("submit", "first", "--set", "first.seconds=600", "--wait")
     assert local.states() == {"first": "COMPLETED"}
 
 
 def test_logs_follow_until_the_stage_ends(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=2")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
     follower = local.popen("logs", "-f", "first-1")
-    out, _ = follower.communicate(timeout=20)
-    assert (follower.returncode, out) == (0, "hello from first\n")
+    assert follower.stdout is not None
+    assert follower.stdout.readline() == "hello from first\n"
+    assert follower.poll() is None
+    local.enough()
+    out, _ = follower.communicate(timeout=60)
+    assert (follower.returncode, out) == (0, "")
     assert local.states() == {"first": "COMPLETED"}
 
 
 def test_ctrl_c_leaves_the_job_and_says_so(local: Local) -> None:
-    waiting = local.popen("submit", "first", "--wait", "--set", "first.seconds=2")
+    waiting = local.popen("submit", "first", "--wait", "--set", "first.seconds=600")
     process = local.running("first-1/first")
+    assert waiting.stderr is not None
+    assert any("RUNNING" in line for line in waiting.stderr), "it waits"
     waiting.send_signal(signal.SIGINT)
-    _, err = waiting.communicate(timeout=20)
+    _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
     assert "error: no longer waiting; first-1 goes on\n  try: hpc status first-1, or hpc cancel first-1" in err
     assert process_start(process), "it goes on"
+    local.enough()
     until(lambda: process_start(process) is None, "the stage's own end")
     assert local.states() == {"first": "COMPLETED"}
 
@@ -345,7 +358,7 @@ def test_kill_between_two_submissions_leaves_a_run_that_submit_completes(local: 
 
 def test_two_at_once_run_every_stage_once(local: Local) -> None:
     both = [local.popen("submit", "first", "--set", "first.seconds=0.5") for _ in range(2)]
-    ends = [(p.communicate(timeout=30)[1], p.returncode) for p in both]
+    ends = [(p.communicate(timeout=60)[1], p.returncode) for p in both]
     assert 0 in [code for _, code in ends], ends
     assert not [err for err, _ in ends if "Traceback" in err]
     local.hpc("submit", "first", "--set", "first.seconds=0.5", "--wait")
@@ -431,7 +444,7 @@ def test_module_that_is_no_stage_is_named(local: Local, tmp_path: Path) -> None:
 
 
 def test_terminal_without_our_letters_is_no_error(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=5")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
     until(lambda: (local.json("status")["stages"][0]["done"] or 0) > 0, "progress")
     assert "RUNNING" in local.hpc("status", env={"PYTHONIOENCODING": "latin-1"}).stdout
@@ -464,7 +477,7 @@ def test_secret_of_the_site_is_for_its_owner_alone(local: Local) -> None:
 
 
 def test_shell_runs_beside_the_stage_in_its_venv(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=30")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
     done = local.hpc("shell", "--", "sh", "-c", "pwd; command -v python3; echo $PYTHONNOUSERSITE; exit 5", code=5)
     assert done.stdout.split() == [f"{local.folder}/runs/first-1/first", f"{local.folder}/venv/bin/python3", "1"]
@@ -480,7 +493,7 @@ def test_shell_runs_beside_the_stage_in_its_venv(local: Local) -> None:
 
 
 def test_top_of_a_stage_without_gpus_says_so(local: Local) -> None:
-    local.hpc("submit", "first", "--set", "first.seconds=30")
+    local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
     done = local.hpc("top")
     assert (done.stdout, done.stderr[:41]) == ("", "no running stage of yours holds a GPU; `h")
@@ -490,7 +503,7 @@ def test_top_shows_the_gpus_of_this_machine(local: Local) -> None:
     path = f"{ROOT}/tests/cluster/stubs:{os.environ['PATH']}"
     (local.folder / "sites").mkdir()
     (local.folder / "sites" / "s.toml").write_text('extends = "local"\ngpus = "gpus_per_node"\n')
-    gpus = ("--site", "s", "--set", "first.resources.gpus_per_node=1", "--set", "first.seconds=30")
+    gpus = ("--site", "s", "--set", "first.resources.gpus_per_node=1", "--set", "first.seconds=600")
     local.hpc("submit", "first", *gpus)
     local.running("first-1/first")
     (row,) = json.loads(local.hpc("top", "first", "--json", env={"PATH": path, "CUDA_VISIBLE_DEVICES": "5"}).stdout)[

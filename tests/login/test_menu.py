@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -104,13 +103,13 @@ def test_lab_that_was_started_otherwise_is_found(lab: Local) -> None:
 def test_ctrl_c_ends_the_waiting_and_then_the_menu(lab: Local) -> None:
     menu = on_terminal(lab, "menu")
     menu.until("Choose: ")
-    (lab.folder / "hpc.toml").write_text((lab.folder / "hpc.toml").read_text() + "[jupyter]\ndelay = 30.0\n")
+    (lab.folder / "hpc.toml").write_text((lab.folder / "hpc.toml").read_text() + "[jupyter]\ndelay = 300.0\n")
     menu.type("1\n")
     menu.until("no answer yet")  # it is waited for: a Ctrl-C before that would end the submission
     menu.type("\x03")
     menu.until("jupyter-1 goes on")
     menu.until("Choose: ")
-    time.sleep(0.5)  # a signal between the prompt and the reading is lost: nobody types that fast
+    menu.wait()  # a signal between the prompt and the reading is lost: nobody types that fast
     menu.type("\x03")
     assert menu.end() == 0
     assert lab.states() == {"jupyter": "RUNNING"}

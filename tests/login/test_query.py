@@ -72,7 +72,7 @@ def test_one_document_for_programs(stub: Any, capsys: pytest.CaptureFixture[str]
         "hpc.query/1", "ab", "hm", "stop",
     )  # fmt: skip
     assert (found["prompt_tokens"], found["completion_tokens"]) == (5, 4)
-    assert 0 < found["first_s"] <= found["seconds"]
+    assert 0 < found["first_s"] <= found["seconds"] < 60
 
 
 # ---- thoughts
@@ -280,7 +280,7 @@ def test_the_kinds_of_refusal() -> None:
 
 
 def test_closing_the_answer_ends_it_at_the_service(stub: Any) -> None:
-    one = stub(Reply(stream(["a"] * 500), delay=0.01))
+    one = stub(Reply(stream(["a"] * 50_000), delay=0.01))
     pieces = answers.ask(doorway.of_url(one.url, None, {"HPC_TOKEN": TOKEN}), Question(text="x", sampling=Sampling()))
     assert next(pieces).text == "a"
     pieces.close()
@@ -288,7 +288,7 @@ def test_closing_the_answer_ends_it_at_the_service(stub: Any) -> None:
 
 
 def until(found: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not found():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -403,7 +403,7 @@ import sys
 from hpc.login import typing_in
 typing_in._edits = lambda: False
 print("ready", flush=True)
-print([typing_in.Lines(sys.stdin).read("") for _ in range(2)], flush=True)
+for _ in range(2): print([typing_in.Lines(sys.stdin).read("")], flush=True)
 """
 
 
@@ -413,9 +413,9 @@ def test_lines_that_come_at_once_were_pasted_where_the_editor_does_not_tell() ->
     shown = Terminal(lambda **streams: subprocess.Popen(argv, env=env, start_new_session=True, **streams))
     shown.until("ready")
     shown.type("first\nsecond\nthird\n")
-    time.sleep(0.5)
+    shown.until("['first\\nsecond\\nthird']")
     shown.type("later\n")
-    shown.until("['first\\nsecond\\nthird', 'later']")
+    shown.until("['later']")
     assert shown.end() == 0
     shown.hang_up()
 

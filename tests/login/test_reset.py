@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.node.enter import process_start
 from tests.support import serving
 from tests.support.terminal import CONTROLLING, Terminal
 
@@ -45,7 +46,7 @@ def test_running_service_is_ended_and_the_second_time_there_is_nothing(door: Loc
     assert "is cancelled (RUNNING" in done.stderr
     assert "door-1/door: reset" in done.stdout
     assert door.states() == {"door": "CANCELLED"}
-    assert not Path(f"/proc/{pid}").exists()
+    assert process_start(pid) is None
     again = door.hpc("reset", "door")  # nobody is asked where there is nothing to do
     assert (again.stdout, again.stderr) == ("door-1/door: nothing to reset\n", "")
 

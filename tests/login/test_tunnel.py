@@ -86,11 +86,11 @@ def test_file_of_the_steps_is_private_and_has_no_login_name(local: Local) -> Non
         else:
             assert kept.read_text() == said.stdout
         assert str(kept) in said.stderr
+    local.hpc("cancel")  # no file goes while they are read
     everything = [
         p.read_text(errors="replace") for p in local.folder.rglob("*") if p.is_file() and "venv" not in p.parts
     ]
     assert not any("klm-v5xx45" in text for text in everything)
-    local.hpc("cancel")
 
 
 def test_two_projects_whose_runs_have_one_name_have_a_file_each(local: Local) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError, VerificationFailed
 from hpc.node import images
+from hpc.node.enter import process_start
 from hpc.node.images import Apptainer
 
 FAKE = """\
@@ -150,8 +151,14 @@ def test_progress_is_the_last_line_and_the_size(tmp_path: Path, monkeypatch: pyt
     grows = tmp_path / "part"
     grows.write_bytes(bytes(30_000_000))
     told: list[str] = []
-    script = "printf '\\033[34mINFO:   \\033[0m Creating SIF file...\\n'; sleep 1"
-    images.run(["sh", "-c", script], tmp_path / "log", told.append, env=os.environ, cwd=tmp_path, grows=grows)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if "Creating" in text:
+            (tmp_path / "seen").touch()
+
+    script = "printf '\\033[34mINFO:   \\033[0m Creating SIF file...\\n'; until [ -e seen ]; do sleep 0.05; done"
+    images.run(["sh", "-c", script], tmp_path / "log", tell, env=os.environ, cwd=tmp_path, grows=grows)
     assert told[-1].endswith(": Creating SIF file... (0.03 GB)")
 
 
@@ -166,14 +173,14 @@ def test_an_end_is_the_end_of_the_program_too(tmp_path: Path, end: signal.Signal
         [sys.executable, "-c", code, str(tmp_path), ":".join(sys.path)],
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     child.send_signal(end)  # to it alone
-    assert child.wait(20) != 0
-    program = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
-    while program.exists() and program.read_text().rpartition(") ")[2][0] != "Z":
+    assert child.wait(60) != 0
+    program = int((tmp_path / "pid").read_text())
+    while process_start(program) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -15,13 +15,14 @@ from hpc.node.slots import slot
 
 def test_never_more_holders_than_places(tmp_path: Path) -> None:
     holders, most, done = [0], [0], []
-    lock = threading.Lock()
+    lock, both = threading.Lock(), threading.Barrier(2, timeout=60)  # each waits for the holder of the other place
 
     def work() -> None:
         with slot(tmp_path / "slots", 2):
             with lock:
                 holders[0] += 1
                 most[0] = max(most[0], holders[0])
+            both.wait()
             time.sleep(0.05)
             with lock:
                 holders[0] -= 1
@@ -31,7 +32,7 @@ def test_never_more_holders_than_places(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert (len(done), most[0]) == (6, 2)
     assert list((tmp_path / "slots").iterdir()) == []
 
@@ -44,12 +45,13 @@ def test_place_of_a_dead_holder_is_free_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_kept_place_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "_STALE_S", 1.5)  # well above the time between two looks
+    monkeypatch.setattr(slots, "_LOOK_S", 0.01)
     asked = []
     with slot(tmp_path, 1) as keep:
 
         def waiting() -> bool:
             asked.append(1)
+            os.utime(tmp_path / "slot-0", (1, 1))  # as if it had been held for long
             keep()
             return len(asked) < 12
 

@@ -303,10 +303,12 @@ def test_every_kind_of_lora_is_merged_right(
 @pytest.mark.generations
 @pytest.mark.train
 def test_a_base_in_shards_with_tied_embeddings(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = tmp_path / "base"
+    torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=258, **shape, tie_word_embeddings=True)).half().save_pretrained(
         base, max_shard_size="100KB"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpc.core import rundir
+from hpc.core import endpoint, rundir
 from hpc.core.errors import STOPPED
 from hpc.inside import models, ranks
 from tests.stages.conftest import ROOT
@@ -128,7 +128,9 @@ def test_what_a_rank_waits_for_does_not_abort_it_at_its_end() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    env["MASTER_PORT"] = str(ranks.meet(rundir.AttemptDir(Path()), 0, 1, {})[1])
+    port = ranks.meet(rundir.AttemptDir(Path()), 0, 1, {})[1]
+    assert endpoint.FIRST_PORT <= port <= endpoint.LAST_PORT, "no client is given it meanwhile"
+    env["MASTER_PORT"] = str(port)
     started = [
         subprocess.Popen([sys.executable, "-c", RANK], env={**env, "RANK": rank}, stderr=subprocess.PIPE, text=True)
         for rank in ("0", "1")

@@ -51,6 +51,8 @@ class Reply:
     """Put the clock's time, at which it is sent, in the place of @ in each event."""
     close: bool = False
     """Close the connection after the whole answer, without having said so."""
+    together: int = 0
+    """Say nothing before so many requests have been asked, all in all."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class Stub:
         else:
             self.asked.append((path, body))
             reply = self.reply(path, body)
+        while len(self.asked) < reply.together:
+            await asyncio.sleep(0.005)
         try:
             return await _write(writer, reply)
         except ConnectionError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +34,7 @@ class Hub:
     """What it says of a file's version: strong, weak, or none."""
     pace_s: float = 0.0
     """Between two parts of an answer."""
+    after_part: Callable[[], None] = lambda: None
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     """(path, headers) of each request."""
 
@@ -120,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = data[start:] if cut is None else data[start:cut]
         for at in range(0, len(body), 1 << 16):
             self.wfile.write(body[at : at + (1 << 16)])
+            self.hub.after_part()
             if self.hub.pace_s:
                 threading.Event().wait(self.hub.pace_s)
         if cut is not None:

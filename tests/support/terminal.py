@@ -9,6 +9,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CONTROLLING = "import os,sys,fcntl,termios; fcntl.ioctl(0,termios.TIOCSCTTY,0); os.execvp(sys.argv[1],sys.argv[1:])"
@@ -25,7 +26,7 @@ class Terminal:
         self.text = ""
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end inside a character
 
-    def until(self, word: str, timeout: float = 30) -> str:
+    def until(self, word: str, timeout: float = 60) -> str:
         """All that was shown until the word came; it is not looked at again."""
         deadline = time.monotonic() + timeout
         while word not in self.text:
@@ -37,10 +38,17 @@ class Terminal:
         shown, _, self.text = self.text.partition(word)
         return shown
 
+    def wait(self, timeout: float = 60) -> None:
+        """Until it sleeps: after a prompt that was shown, until it reads what is typed."""
+        deadline = time.monotonic() + timeout
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            assert time.monotonic() < deadline, f"never at rest: {self.text}"
+            time.sleep(0.01)
+
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
-    def end(self, timeout: float = 30) -> int:
+    def end(self, timeout: float = 60) -> int:
         """The exit code, once it has ended."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
