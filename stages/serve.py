@@ -57,7 +57,8 @@ class ServeConfig:
     """Requests are drawn as the model's generation_config.json says, where they do not. Off: temperature 1, of all."""
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
-    bls_instances: int = 1
+    bls_instances: int = 0
+    """0: one; of NVIDIA's own, which answers one request at a time, max_batch_size. Each is a process."""
     queue_delay_us: int = 0
     """Microseconds that a request waits for others to be taken with."""
     queue_size: int = 0
@@ -254,7 +255,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         decoupled_mode=config.streaming,
         preprocessing_instance_count=config.preprocessing_instances,
         postprocessing_instance_count=config.postprocessing_instances,
-        bls_instance_count=config.bls_instances,
+        bls_instance_count=config.bls_instances or (config.max_batch_size if config.vendor_repository else 1),
         max_queue_delay_microseconds=config.queue_delay_us,
         max_queue_size=most(config),
         engine_max_batch_size=config.engine_batch_size,
@@ -293,7 +294,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.inside import alone, following, matching, meeting, models, serving, triton
+    from hpc.inside import alone, following, matching, meeting, models, serving, triton, vendor
     from hpc.inside.service import Server, serve
     from hpc.inside.translating import Served, recommended
 
@@ -310,13 +311,14 @@ def run(config: ServeConfig, ctx: Context) -> None:
     folder = ctx.folder / "repository"
     tokenizer = make_repository(config, engine, folder)
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
-    wraps = config.engine == "llmapi"
+    wraps, vendors = config.engine == "llmapi", bool(config.vendor_repository)
     generation = rundir.read_json(engine / "generation_config.json") if config.generation_config else None
     served = Served(
-        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=wraps,
+        name=config.name, target=target, max_tokens=config.max_tokens, llmapi=wraps, foreign=wraps or vendors,
+        **(vendor.known(folder) if vendors else {"cumulative": wraps}),
         streams=config.streaming, adapters=_adapters(config, engine),
         echoes=not config.exclude_input and not wraps,  # llmapi leaves the prompt out by itself
-        sampling=recommended(generation or {}, cumulative=wraps),
+        sampling=recommended(generation or {}, llmapi=wraps),
     )  # fmt: skip
     if served.sampling:
         drawn = ", ".join(f"{name} {value:g}" for name, value in served.sampling.items())
@@ -329,7 +331,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
             repository=str(folder), stage=str(ctx.folder), own=own,
             shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
-            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={}, most=most(config),
+            stop_model="" if served.foreign else "tensorrt_llm", bind=ctx.bind, ports={}, most=most(config),
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
             # llmapi starts the ranks of its own node by itself
             world=1 if config.engine == "llmapi" and not several else config.tp_size * config.pp_size,

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.inside import pbtxt
+from hpc.inside import vendor as nvidia
 
 ENGINES = ("onnxruntime_genai", "tensorrt_llm", "llmapi")
 _NAME = re.compile(r"\$\{(\w*)\}?")
@@ -168,7 +169,7 @@ def render(target: Path, engine: str, templates: Path, filling: Mapping[str, str
     new = target.with_name(f"{target.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     if vendor is not None:
-        sources = [vendor]
+        sources, filling = [vendor], nvidia.complete(vendor, filling)
     else:
         sources = [templates / engine] if engine == "llmapi" else [templates / "common", templates / engine]
     try:

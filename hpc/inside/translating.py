@@ -42,7 +42,13 @@ class Served:
     max_tokens: int
     """Where a request names none."""
     cumulative: bool = False
-    """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
+    """Each of the target's responses holds all of the text so far, not what is new."""
+    foreign: bool = False
+    """NVIDIA's own models: they take no add_special_tokens, and tell neither counts nor why an answer ended."""
+    llmapi: bool = False
+    """They are those of llmapi, which lack more."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Our name of an input -> the target's, where it has another."""
     streams: bool = True
     echoes: bool = False
     """Answers begin with the prompt (serve.exclude_input is off): that is not OpenAI's form."""
@@ -52,14 +58,14 @@ class Served:
     """What a request does not name of temperature, top_p, top_k, repetition_penalty; else 1, 1, all and none."""
 
 
-def recommended(generation: Mapping[str, Any], *, cumulative: bool = False) -> dict[str, float]:
+def recommended(generation: Mapping[str, Any], *, llmapi: bool = False) -> dict[str, float]:
     """The sampling that a model's generation_config.json asks for; what cannot be one is left out."""
     found: dict[str, float] = {}
     for name, (low, high) in _SAMPLING.items():
         value = generation.get(name)
         if not isinstance(value, int if name == "top_k" else int | float) or isinstance(value, bool):
             continue
-        if low <= value <= high and not (cumulative and name in _NOT_OF_LLMAPI):
+        if low <= value <= high and not (llmapi and name in _NOT_OF_LLMAPI):
             found[name] = value
     return found
 
@@ -85,7 +91,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
         "stream": served.streams,
     }
-    if special is not None and not served.cumulative:
+    if special is not None and not served.foreign:
         words["add_special_tokens"] = special
     if temperature == 0 or top_p == 0:
         words["top_k"] = 1
@@ -107,12 +113,12 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "repetition_penalty": penalty,
         "min_tokens": _whole(body.get("min_tokens") or 0, "min_tokens", 0),
     }
-    for name in _NOT_OF_LLMAPI if served.cumulative else ():
+    for name in _NOT_OF_LLMAPI if served.llmapi else ():
         if more[name]:
             raise Invalid(f"{name} is not supported by this engine (llmapi)", name)
     words.update({name: value for name, value in more.items() if value})
     words.update(served.adapters.get(str(body.get("model")), {}))
-    return words
+    return {served.names.get(name, name): value for name, value in words.items()}
 
 
 def object_of(body: Mapping[str, Any], name: str) -> dict[str, Any]:

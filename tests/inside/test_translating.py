@@ -33,7 +33,7 @@ def test_what_a_request_does_not_name_is_as_the_model_asks() -> None:
     qwen = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
     assert translating.recommended(llama) == {"temperature": 0.6, "top_p": 0.9}
     assert translating.recommended(qwen) == qwen
-    assert translating.recommended(qwen, cumulative=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert translating.recommended(qwen, llmapi=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     odd = {"temperature": 3, "top_p": True, "top_k": 1.5, "repetition_penalty": None}
     assert translating.recommended(odd) == {}
 
@@ -95,11 +95,18 @@ def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
 
 
 def test_what_the_models_own_loader_cannot_do_is_refused() -> None:
-    served = replace(SERVED, cumulative=True)
+    served = replace(SERVED, cumulative=True, foreign=True, llmapi=True)
     for name, value in (("min_tokens", 2), ("repetition_penalty", 1.1), ("bad_words", ["x"])):
         with pytest.raises(Invalid, match="not supported by this engine"):
             translating.words_for({name: value}, "text", served, special=None)
     assert "min_tokens" not in translating.words_for({"min_tokens": 0}, "text", served, special=None)
+
+
+def test_nvidias_own_models_are_asked_by_their_own_names() -> None:
+    served = replace(SERVED, cumulative=True, foreign=True, names={"random_seed": "seed", "min_tokens": "min_length"})
+    found = translating.words_for({"seed": 3, "min_tokens": 2, "bad_words": ["x"]}, "text", served, special=False)
+    assert (found["seed"], found["min_length"], found["bad_words"]) == (3, 2, ["x"])
+    assert {"random_seed", "min_tokens", "add_special_tokens"}.isdisjoint(found)
 
 
 def test_an_adapter_is_asked_for_as_a_model() -> None:
