@@ -46,7 +46,7 @@ class ServeConfig:
     name: str = "ensemble"
     """The model's name for clients of OpenAI's API."""
     streaming: bool = True
-    """Answers come piece by piece. It sets `decoupled` in all models."""
+    """Answers come piece by piece. It sets `decoupled` in all models. Off, nothing joins a batch of the CPU engine."""
     stream_interval_ms: int = 16
     """Milliseconds between two pieces: faster tokens share one; 0: a piece for each token. (onnxruntime_genai)"""
     engine_batch_size: int = 0
@@ -240,7 +240,7 @@ def most(config: ServeConfig) -> int:
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import kvbudget, lorarrays, repository
+    from hpc.inside import kvbudget, lorarrays, repository, vendor
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
     cache = config.kv_cache_tokens
@@ -261,6 +261,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         engine_max_batch_size=config.engine_batch_size,
         stream_interval_ms=config.stream_interval_ms,
         max_seq_len=config.max_seq_len or 0,
+        default_max_tokens=config.max_tokens,
         exclude_input_in_output=config.exclude_input,
         batching_strategy=config.batching,
         kv_cache_free_gpu_mem_fraction=config.kv_cache_fraction,
@@ -280,8 +281,10 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         **repository.values(config.engine, engine, tokenizer, settings),
         **dict(entry.split("=", 1) for entry in config.extra),
     }
-    vendor = Path(config.vendor_repository) if config.vendor_repository else None
-    repository.render(folder, config.engine, TEMPLATES / "triton", filling, vendor)
+    source = Path(config.vendor_repository) if config.vendor_repository else None
+    if source is not None:
+        filling = vendor.complete(source, filling)
+    repository.render(folder, config.engine, TEMPLATES / "triton", filling, source)
     return tokenizer
 
 
@@ -296,7 +299,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
     from hpc.core.errors import HpcError
     from hpc.inside import alone, following, matching, meeting, models, serving, triton, vendor
     from hpc.inside.service import Server, serve
-    from hpc.inside.translating import Served, recommended
+    from hpc.inside.translating import Served, beginning, recommended
 
     ranks = meeting.of(ctx.folder, os.environ)
     if not ranks.first:
@@ -314,11 +317,11 @@ def run(config: ServeConfig, ctx: Context) -> None:
     wraps, vendors = config.engine == "llmapi", bool(config.vendor_repository)
     generation = rundir.read_json(engine / "generation_config.json") if config.generation_config else None
     served = Served(
-        name=config.name, target=target, max_tokens=config.max_tokens, llmapi=wraps, foreign=wraps or vendors,
-        **(vendor.known(folder) if vendors else {"cumulative": wraps}),
+        name=config.name, target=target, max_tokens=config.max_tokens, wraps=wraps, vendors=vendors,
+        **(vendor.known(folder, tokenizer) if vendors else {"cumulative": wraps, "begins": beginning(tokenizer)}),
         streams=config.streaming, adapters=_adapters(config, engine),
-        echoes=not config.exclude_input and not wraps,  # llmapi leaves the prompt out by itself
-        sampling=recommended(generation or {}, llmapi=wraps),
+        echoes=not config.exclude_input and not wraps,
+        sampling=recommended(generation or {}, wraps=wraps),
     )  # fmt: skip
     if served.sampling:
         drawn = ", ".join(f"{name} {value:g}" for name, value in served.sampling.items())

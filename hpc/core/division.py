@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hpc.core import trtllm
 from hpc.core.errors import Refused
 from hpc.core.gpus import Card
 from hpc.core.shape import Shape
@@ -185,7 +186,10 @@ def _indivisible(shape: Shape, way: Division) -> Iterator[str]:
         yield f"tp_size {tp} does not divide the model's intermediate size {shape.intermediate}"
     elif shape.vocab % tp and way.world > 1 and shape.vocab < tp:
         yield f"tp_size {tp} is more than the model's {shape.vocab} tokens"
-    if pp > shape.layers:
+    converted = not way.as_is and not trtllm.calibrated(way.quantization, way.kv_cache)
+    if pp > 1 and converted and shape.architecture in trtllm.UNSTAGED:
+        yield f"pp_size {pp}: TensorRT-LLM's converter takes {shape.architecture} in one pipeline stage alone (tp_size)"
+    elif pp > shape.layers:
         yield f"pp_size {pp} is more than the model's {shape.layers} layers"
     elif shape.layers % pp:
         yield f"pp_size {pp} does not divide the model's {shape.layers} layers"

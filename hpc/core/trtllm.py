@@ -73,6 +73,8 @@ FAMILIES = {
     "Phi3ForCausalLM": "phi",
 }
 """A model's architecture -> the folder of its converter. Gemma's has other flags: it goes through quantize.py."""
+UNSTAGED = ("Phi3ForCausalLM",)
+"""Whose converter asserts that there is one pipeline stage: examples/phi/convert_checkpoint.py."""
 QUANTIZED_ONLY = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 _QFORMAT = {

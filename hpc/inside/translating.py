@@ -1,12 +1,15 @@
-"""PURE: a request in OpenAI's words -> the words for Triton's model; what cannot be done is refused by its field."""
+"""A request in OpenAI's words -> the words for Triton's model; what cannot be done is refused by its field."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+from hpc.core import rundir
 from hpc.inside.door import new_id
 
 _LARGEST, _LARGEST_SEED = (1 << 31) - 1, (1 << 63) - 1
@@ -43,12 +46,14 @@ class Served:
     """Where a request names none."""
     cumulative: bool = False
     """Each of the target's responses holds all of the text so far, not what is new."""
-    foreign: bool = False
-    """NVIDIA's own models: they take no add_special_tokens, and tell neither counts nor why an answer ended."""
-    llmapi: bool = False
-    """They are those of llmapi, which lack more."""
+    wraps: bool = False
+    """The target is TensorRT-LLM's LLM API: it has fewer inputs."""
+    vendors: bool = False
+    """The target is NVIDIA's own tensorrt_llm_bls."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our name of an input -> the target's, where it has another."""
+    begins: str = ""
+    """What these two write before every prompt by themselves, where a chat template has written it."""
     streams: bool = True
     echoes: bool = False
     """Answers begin with the prompt (serve.exclude_input is off): that is not OpenAI's form."""
@@ -57,15 +62,20 @@ class Served:
     sampling: Mapping[str, float] = field(default_factory=dict)
     """What a request does not name of temperature, top_p, top_k, repetition_penalty; else 1, 1, all and none."""
 
+    @property
+    def foreign(self) -> bool:
+        """It takes no add_special_tokens, is told nothing by a request's id, and counts no tokens."""
+        return self.wraps or self.vendors
 
-def recommended(generation: Mapping[str, Any], *, llmapi: bool = False) -> dict[str, float]:
-    """The sampling that a model's generation_config.json asks for; what cannot be one is left out."""
+
+def recommended(generation: Mapping[str, Any], *, wraps: bool = False) -> dict[str, float]:
+    """The sampling that a model's generation_config.json asks for; what cannot be done is left out."""
     found: dict[str, float] = {}
     for name, (low, high) in _SAMPLING.items():
         value = generation.get(name)
         if not isinstance(value, int if name == "top_k" else int | float) or isinstance(value, bool):
             continue
-        if low <= value <= high and not (llmapi and name in _NOT_OF_LLMAPI):
+        if low <= value <= high and not (wraps and name in _NOT_OF_LLMAPI):
             found[name] = value
     return found
 
@@ -82,7 +92,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     longest = body.get("max_tokens") if longest is None else longest
     temperature, top_p, penalty = (
         _number(body, name, default, *_SAMPLING[name], served.sampling)
-        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("repetition_penalty", 0.0))
+        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("repetition_penalty", 1.0))
     )
     top_k = body.get("top_k")
     words: dict[str, Any] = {
@@ -91,13 +101,17 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
         "stream": served.streams,
     }
-    if special is not None and not served.foreign:
+    if served.wraps:  # it would write the prompt before an answer that does not stream
+        words["exclude_input"] = True
+    if served.foreign:  # it would write the beginning once more
+        words["text_input"] = prompt if special is None else prompt.removeprefix(served.begins)
+    elif special is not None:
         words["add_special_tokens"] = special
     if temperature == 0 or top_p == 0:
         words["top_k"] = 1
     else:
         words.update(temperature=temperature, top_p=top_p)
-        words["top_k"] = _whole(served.sampling.get("top_k", 0) if top_k is None else top_k, "top_k", 0)
+        words["top_k"] = max(0, _whole(served.sampling.get("top_k", 0) if top_k is None else top_k, "top_k", -1))
     if body.get("seed") is not None:
         words["random_seed"] = _whole(body["seed"], "seed", 0, _LARGEST_SEED)
     elif words["top_k"] != 1:
@@ -110,10 +124,10 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
     more = {
         "stop_words": stops,
         "bad_words": bad,
-        "repetition_penalty": penalty,
+        "repetition_penalty": 0 if penalty == 1 else penalty,
         "min_tokens": _whole(body.get("min_tokens") or 0, "min_tokens", 0),
     }
-    for name in _NOT_OF_LLMAPI if served.llmapi else ():
+    for name in _NOT_OF_LLMAPI if served.wraps else ():
         if more[name]:
             raise Invalid(f"{name} is not supported by this engine (llmapi)", name)
     words.update({name: value for name, value in more.items() if value})
@@ -144,6 +158,19 @@ def _whole(value: Any, name: str, low: int, high: int = _LARGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise Invalid(f"{name} must be a whole number from {low} to {high}", name)
     return value
+
+
+def beginning(tokenizer: Path) -> str:
+    """The special tokens that a tokenizer.json puts before every text; "" where it puts none."""
+    settings = rundir.read_json(tokenizer / "tokenizer_config.json") or {}
+    if settings.get("add_bos_token") is False:
+        return ""
+    processor = (rundir.read_json(tokenizer / "tokenizer.json") or {}).get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        before = takewhile(lambda one: "SpecialToken" in one, part.get("single") or ())
+        if part.get("type") == "TemplateProcessing" and (names := [one["SpecialToken"]["id"] for one in before]):
+            return "".join(names)
+    return ""
 
 
 def _texts(body: Mapping[str, Any], name: str) -> list[str]:

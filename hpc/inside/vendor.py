@@ -10,6 +10,8 @@ from typing import Any
 from hpc.core import responses
 from hpc.core.errors import HpcError
 from hpc.inside import pbtxt
+from hpc.inside.repository import parameter
+from hpc.inside.translating import beginning
 
 BLS = "tensorrt_llm_bls"
 _MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "ensemble", BLS)
@@ -44,14 +46,16 @@ def complete(folder: Path, filling: Mapping[str, str]) -> dict[str, str]:
     return {**dict.fromkeys(asked, ""), **filling}
 
 
-def known(repository: Path) -> dict[str, Any]:
+def known(repository: Path, tokenizer: Path) -> dict[str, Any]:
     """What the door must know of the one of its models that it asks."""
-    config = pbtxt.parse((repository / BLS / "config.pbtxt").read_text(encoding="utf-8"))
-    parameters = {
-        pbtxt.one(entry, "key"): pbtxt.one(pbtxt.one(entry, "value", {}), "string_value")
-        for entry in config.get("parameters", [])
-    }
+    bls, prepares = _read(repository, BLS), _read(repository, "preprocessing")
+    adds = (parameter(prepares, "add_special_tokens") or "").lower() not in {"false", "0", "f", "n", "no"}
     return {
-        "cumulative": responses.accumulates(parameters.get("accumulate_tokens")),
-        "names": responses.names(pbtxt.one(entry, "name") for entry in config.get("input", [])),
+        "cumulative": responses.accumulates(parameter(bls, "accumulate_tokens")),
+        "names": responses.names(pbtxt.one(entry, "name") for entry in bls.get("input", [])),
+        "begins": beginning(tokenizer) if adds else "",
     }
+
+
+def _read(repository: Path, model: str) -> pbtxt.Message:
+    return pbtxt.parse((repository / model / "config.pbtxt").read_text(encoding="utf-8"))

@@ -30,8 +30,7 @@ def ask(door: Doorway, question: Question, protocol: Protocol = "openai") -> Gen
         target = triton_target(door)
         path = f"/v2/models/{target.model}/generate{'_stream' if question.stream else ''}"
         pieces = TritonPieces(target.cumulative, question.sampling.stop)
-        body = {target.names.get(name, name): value for name, value in words.triton(question).items()}
-        yield from map(pieces.piece, _events(door, path, body))
+        yield from map(pieces.piece, _events(door, path, words.triton(question, target)))
         yield pieces.rest()
         return
     path, body = words.openai(question)

@@ -16,6 +16,7 @@ from hpc.login.question import Piece, Question, TritonPieces
 _TYPES = {
     "text_input": "BYTES", "max_tokens": "INT32", "min_tokens": "INT32", "stop_words": "BYTES", "top_k": "INT32",
     "top_p": "FP32", "temperature": "FP32", "repetition_penalty": "FP32", "random_seed": "UINT64", "stream": "BOOL",
+    "exclude_input": "BOOL", "seed": "UINT64", "min_length": "INT32",
 }  # fmt: skip
 
 
@@ -45,10 +46,10 @@ def ask(door: Doorway, question: Question) -> Iterator[Piece]:
         target = words.target(config)
         batched = [1] if int(config(target.model).get("max_batch_size", 0)) else []
         inputs = []
-        for name, value in words.triton(question).items():
+        for name, value in words.triton(question, target).items():
             values = [one.encode() if isinstance(one, str) else one for one in _listed(value)]
             tensor = np.array(values, dtype=kinds[_TYPES[name]]).reshape([*batched, len(values)])
-            inputs.append(grpc.InferInput(target.names.get(name, name), list(tensor.shape), _TYPES[name]))
+            inputs.append(grpc.InferInput(name, list(tensor.shape), _TYPES[name]))
             inputs[-1].set_data_from_numpy(tensor)
         client.start_stream(lambda result, error: came.put((result, error)), headers=headers)
         client.async_stream_infer(target.model, inputs, enable_empty_final_response=True)

@@ -65,6 +65,8 @@ class Target:
     model: str
     cumulative: bool = False
     """Each of its responses holds all of the text so far."""
+    wraps: bool = False
+    """It is TensorRT-LLM's LLM API, which writes the prompt before the answer where it is not told otherwise."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Our name of an input -> its own, where it has another."""
 
@@ -81,8 +83,8 @@ def openai(question: Question) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", {"prompt": question.text, **asked}
 
 
-def triton(question: Question) -> dict[str, Any]:
-    """The inputs of Triton's model: the same sampling as the door makes of OpenAI's words."""
+def triton(question: Question, target: Target) -> dict[str, Any]:
+    """The inputs of Triton's model: the sampling that OpenAI's API has, whatever the model asks for."""
     sampling = question.sampling
     asked: dict[str, Any] = {
         "text_input": question.text,
@@ -101,7 +103,10 @@ def triton(question: Question) -> dict[str, Any]:
         "min_tokens": sampling.min_tokens,
         "repetition_penalty": sampling.repetition_penalty,
     }
-    return {**asked, **{name: value for name, value in more.items() if value is not None}}
+    if target.wraps:
+        asked["exclude_input"] = True
+    asked.update({name: value for name, value in more.items() if value is not None})
+    return {target.names.get(name, name): value for name, value in asked.items()}
 
 
 def target(config: Callable[[str], Mapping[str, Any]]) -> Target:
@@ -110,13 +115,13 @@ def target(config: Callable[[str], Mapping[str, Any]]) -> Target:
     steps = [_table(step).get("model_name") for step in _list(_table(ensemble.get("ensemble_scheduling")).get("step"))]
     outputs = [_table(output).get("name") for output in _list(ensemble.get("output"))]
     if steps[:1] == ["tensorrt_llm"]:
-        return Target("ensemble", cumulative=True)
+        return Target("ensemble", cumulative=True, wraps=True)
     if "finish_reason" in outputs:
         return Target("ensemble")
     bls = config("tensorrt_llm_bls")
     accumulate = _table(_table(bls.get("parameters")).get("accumulate_tokens")).get("string_value")
-    inputs = (_text(_table(entry).get("name")) for entry in _list(bls.get("input")))
-    return Target("tensorrt_llm_bls", responses.accumulates(_text(accumulate)), responses.names(inputs))
+    names = responses.names(_text(_table(entry).get("name")) for entry in _list(bls.get("input")))
+    return Target("tensorrt_llm_bls", responses.accumulates(_text(accumulate)), names=names)
 
 
 def openai_piece(event: Any) -> Piece:

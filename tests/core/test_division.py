@@ -93,6 +93,15 @@ def test_what_divides_is_what_tensorrt_llm_asserts() -> None:
         assert (not division.problem(model, None, 16, Division(tp=tp, pp=pp))) is allowed, (model.architecture, tp, pp)
 
 
+def test_phi_3_is_one_pipeline_stage_where_it_is_converted() -> None:
+    phi = replace(SMALL, architecture="Phi3ForCausalLM")
+    staged = Division(tp=1, pp=2)
+    assert "one pipeline stage" in division.problem(phi, H100, 8, staged)
+    for way in (Division(tp=2, pp=1), replace(staged, quantization="fp8"), replace(staged, as_is=True)):
+        assert division.problem(phi, H100, 8, way) == ""
+    assert division.problem(SMALL, H100, 8, staged) == ""
+
+
 def test_what_is_proposed_works() -> None:
     ways = itertools.product(
         (1, 2, 3, 5, 8, 16), (1, 2, 7), division.PRECISIONS, ("auto", "fp8"), ("bfloat16", "float16")

@@ -172,7 +172,7 @@ def test_usage_is_told_where_tokens_are_counted() -> None:
     one = event(text_output="x", sequence_length=3, prompt_length=2)
     _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one)
     assert said["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
-    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, foreign=True)
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, cumulative=True, wraps=True)
     assert (said["choices"][0]["text"], "usage" in said) == ("x", False)
 
 
@@ -181,10 +181,10 @@ def test_texts_that_grow_are_joined() -> None:
     came = events(*texts)
     for stop, told in (("END", "H안 EN."), ("none", "H안 EN.END!")):
         body = json.dumps({"prompt": "x", "stop": stop}).encode()
-        _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=came, cumulative=True, foreign=True)
+        _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=came, cumulative=True, vendors=True)
         assert said["choices"][0]["text"] == told
     end = events("H", "H\ufffd")
-    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=end, cumulative=True, foreign=True)
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=end, cumulative=True, vendors=True)
     assert said["choices"][0]["text"] == "H\ufffd"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,8 @@ def test_llmapi_streams_because_it_is_written_out(tmp_path: Path) -> None:
     assert "decoupled: true" in text
     assert "${" not in text
     assert (made / "tensorrt_llm" / "1" / "model.py").read_text() == "# the vendor's"
+    ensemble = (made / "ensemble" / "config.pbtxt").read_text()
+    assert 'key: "sampling_param_exclude_input_from_output" value: "exclude_input"' in ensemble
 
 
 def test_llmapi_knows_its_adapters_beforehand(tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_nvidias_own_repository_is_filled_whole(tmp_path: Path, release: str) ->
     source = vendor.make(tmp_path / "image", release)
     values = repository.values("tensorrt_llm", Path("/e"), Path("/t"), LAB)
     made = tmp_path / "made"
-    repository.render(made, "tensorrt_llm", TRITON, values, source)
+    repository.render(made, "tensorrt_llm", TRITON, nvidia.complete(source, values), source)
     assert not [path for path in made.rglob("*.pbtxt") if "${" in path.read_text()]
     backend = config(made, "tensorrt_llm")
     assert backend["backend"] == ["tensorrtllm"]
@@ -193,10 +196,12 @@ def test_nvidias_own_repository_is_filled_whole(tmp_path: Path, release: str) ->
     assert (found["max_tokens_in_paged_kv_cache"], found["enable_kv_cache_reuse"]) == ("2560", "true")
     assert {found[name] for name in ("encoder_model_path", "gpu_device_ids", "decoding_mode", "medusa_choices")} == {""}
     other = {"min_tokens": "min_length"} if release != "later" else {"random_seed": "seed"}
-    assert nvidia.known(made) == {"cumulative": True, "names": other}
-    values["accumulate_tokens"] = "false"
-    repository.render(made, "tensorrt_llm", TRITON, values, source)
-    assert not nvidia.known(made)["cumulative"]
+    bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": bos}))
+    assert nvidia.known(made, tmp_path) == {"cumulative": True, "names": other, "begins": "<s>"}
+    values.update(accumulate_tokens="false", add_special_tokens="false")
+    repository.render(made, "tensorrt_llm", TRITON, nvidia.complete(source, values), source)
+    assert nvidia.known(made, tmp_path) == {"cumulative": False, "names": other, "begins": ""}
 
 
 def test_all_that_nvidias_repository_lacks_is_told_at_once(tmp_path: Path) -> None:
@@ -206,15 +211,14 @@ def test_all_that_nvidias_repository_lacks_is_told_at_once(tmp_path: Path) -> No
         with (source / model / "config.pbtxt").open("a") as file:
             file.write(f"version_policy: ${{later_{model}}}\n")
     with pytest.raises(HpcError, match=r"asks for \$\{later_ensemble\}, \$\{later_tensorrt_llm\}, which") as told:
-        repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
+        nvidia.complete(source, values)
     assert "serve.extra" in str(told.value.hint)
     shutil.rmtree(source / "postprocessing")
     shutil.rmtree(source / "tensorrt_llm_bls")
     with pytest.raises(HpcError, match=r"no model postprocessing, tensorrt_llm_bls, and asks for \$\{later_"):
-        repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
+        nvidia.complete(source, values)
     with pytest.raises(HpcError, match="is not there"):
-        repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source / "none")
-    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+        nvidia.complete(source / "none", values)
 
 
 def test_nvidias_own_answers_as_many_at_once_as_are_taken(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ def test_what_a_request_does_not_name_is_as_the_model_asks() -> None:
     qwen = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
     assert translating.recommended(llama) == {"temperature": 0.6, "top_p": 0.9}
     assert translating.recommended(qwen) == qwen
-    assert translating.recommended(qwen, llmapi=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert translating.recommended(qwen, wraps=True) == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
     odd = {"temperature": 3, "top_p": True, "top_k": 1.5, "repetition_penalty": None}
     assert translating.recommended(odd) == {}
 
@@ -95,18 +97,53 @@ def test_what_cannot_be_done_is_refused(field: str, value: object) -> None:
 
 
 def test_what_the_models_own_loader_cannot_do_is_refused() -> None:
-    served = replace(SERVED, cumulative=True, foreign=True, llmapi=True)
+    served = replace(SERVED, wraps=True)
     for name, value in (("min_tokens", 2), ("repetition_penalty", 1.1), ("bad_words", ["x"])):
         with pytest.raises(Invalid, match="not supported by this engine"):
             translating.words_for({name: value}, "text", served, special=None)
     assert "min_tokens" not in translating.words_for({"min_tokens": 0}, "text", served, special=None)
+    same = translating.words_for({"repetition_penalty": 1.0, "top_k": -1}, "text", served, special=None)
+    assert ("repetition_penalty" in same, same["top_k"]) == (False, 0)
+
+
+def template(*single: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "TemplateProcessing", "single": [*single, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+BOS = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+LLAMA_3 = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template(BOS)]}
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings", "begins"),
+    [
+        (LLAMA_3, {}, "<bos>"), (template(BOS), {"add_bos_token": True}, "<bos>"), (template(), {}, ""),
+        (template(BOS), {"add_bos_token": False}, ""), ({"type": "ByteLevel"}, {}, ""), (None, None, ""),
+    ],
+)  # fmt: skip
+def test_a_prompt_of_a_template_begins_once(tmp_path: Path, processor: Any, settings: Any, begins: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": processor}))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    served = replace(SERVED, wraps=True, begins=translating.beginning(tmp_path))
+    assert served.begins == begins
+
+    def sent(prompt: str, special: bool | None) -> str:
+        words = translating.words_for({}, prompt, served, special=special)
+        assert words["exclude_input"], "or an answer that does not stream begins with the prompt"
+        return str(words["text_input"])
+
+    assert sent("<bos>Hi", False) == ("Hi" if begins else "<bos>Hi")
+    assert sent("Hi", False) == "Hi"
+    assert sent("<bos>Hi", None) == "<bos>Hi", "a text of the client's own is as it is"
 
 
 def test_nvidias_own_models_are_asked_by_their_own_names() -> None:
-    served = replace(SERVED, cumulative=True, foreign=True, names={"random_seed": "seed", "min_tokens": "min_length"})
-    found = translating.words_for({"seed": 3, "min_tokens": 2, "bad_words": ["x"]}, "text", served, special=False)
-    assert (found["seed"], found["min_length"], found["bad_words"]) == (3, 2, ["x"])
-    assert {"random_seed", "min_tokens", "add_special_tokens"}.isdisjoint(found)
+    names = {"random_seed": "seed", "min_tokens": "min_length"}
+    served = replace(SERVED, cumulative=True, vendors=True, begins="<s>", names=names)
+    found = translating.words_for({"seed": 3, "min_tokens": 2, "bad_words": ["x"]}, "<s>Hi", served, special=False)
+    assert (found["seed"], found["min_length"], found["bad_words"], found["text_input"]) == (3, 2, ["x"], "Hi")
+    assert {"random_seed", "min_tokens", "add_special_tokens", "exclude_input"}.isdisjoint(found)
 
 
 def test_an_adapter_is_asked_for_as_a_model() -> None:

@@ -627,7 +627,7 @@ import sys
 from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
-from hpc.inside import repository, pbtxt
+from hpc.inside import repository, pbtxt, vendor
 repository._IMAGE_LLMAPI = Path("llmapi")
 nvidias = sorted(Path("vendor").iterdir())
 for engine in (*repository.ENGINES, *nvidias):
@@ -635,6 +635,7 @@ for engine in (*repository.ENGINES, *nvidias):
     source = engine if engine in nvidias else None
     name, engine = (engine.name, "tensorrt_llm") if source else (engine, engine)
     values = repository.values(engine, Path('/a "b"'), Path("/한글"), settings)
+    values = vendor.complete(source, values) if source else values
     repository.render(Path("made", name), engine, Path(sys.argv[1]), values, source)
     for path in sorted(Path("made", name).glob("*/config.pbtxt")):
         assert "${" not in path.read_text()

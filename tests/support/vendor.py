@@ -54,7 +54,9 @@ def make(folder: Path, release: str) -> Path:
     steps = ",\n".join(map(_step, ("preprocessing", "tensorrt_llm", "postprocessing")))
     for model, text in {
         "preprocessing": ("" if old else _QUEUE) + _tensors("input", "QUERY:TYPE_STRING") + _parameters(prepares),
-        "postprocessing": "dynamic_batching {}\n" + _parameters("tokenizer_dir skip_special_tokens"),
+        "postprocessing": "dynamic_batching {}\n"
+        + _tensors("input", "TOKENS_BATCH:TYPE_INT32 SEQUENCE_LENGTH:TYPE_INT32")
+        + _parameters("tokenizer_dir skip_special_tokens"),
         "tensorrt_llm": _DECOUPLED + _QUEUE + features + outputs + of_engine,
         "tensorrt_llm_bls": _DECOUPLED + inputs + outputs + _parameters(_OF_BLS),
         "ensemble": f"{inputs}{outputs}ensemble_scheduling {{\n  step [\n{steps}\n  ]\n}}\n",
