@@ -57,7 +57,8 @@ class ServeConfig:
     """Requests are drawn as the model's generation_config.json says, where they do not. Off: temperature 1, of all."""
     preprocessing_instances: int = 1
     postprocessing_instances: int = 1
-    bls_instances: int = 1
+    bls_instances: int = 0
+    """0: one; of NVIDIA's own, which answers one request at a time, max_batch_size. Each is a process."""
     queue_delay_us: int = 0
     """Microseconds that a request waits for others to be taken with."""
     queue_size: int = 0
@@ -239,7 +240,7 @@ def most(config: ServeConfig) -> int:
 def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
     """Fill Triton's model repository at `folder`, checked; the tokenizer's folder. The config is a settled one."""
     from hpc.core.assets import TEMPLATES
-    from hpc.inside import kvbudget, lorarrays, repository
+    from hpc.inside import kvbudget, lorarrays, repository, vendor
 
     tokenizer = repository.tokenizer_of(engine, config.tokenizer)
     cache = config.kv_cache_tokens
@@ -257,7 +258,7 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         decoupled_mode=config.streaming,
         preprocessing_instance_count=config.preprocessing_instances,
         postprocessing_instance_count=config.postprocessing_instances,
-        bls_instance_count=config.bls_instances,
+        bls_instance_count=config.bls_instances or (config.max_batch_size if config.vendor_repository else 1),
         max_queue_delay_microseconds=config.queue_delay_us,
         max_queue_size=most(config),
         engine_max_batch_size=config.engine_batch_size,
@@ -283,8 +284,10 @@ def make_repository(config: ServeConfig, engine: Path, folder: Path) -> Path:
         **repository.values(config.engine, engine, tokenizer, settings),
         **dict(entry.split("=", 1) for entry in config.extra),
     }
-    vendor = Path(config.vendor_repository) if config.vendor_repository else None
-    repository.render(folder, config.engine, TEMPLATES / "triton", filling, vendor)
+    source = Path(config.vendor_repository) if config.vendor_repository else None
+    if source is not None:
+        filling = vendor.complete(source, filling)
+    repository.render(folder, config.engine, TEMPLATES / "triton", filling, source)
     return tokenizer
 
 
@@ -297,7 +300,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
 
     from hpc.core.assets import TEMPLATES
     from hpc.core.errors import HpcError
-    from hpc.inside import alone, following, matching, meeting, models, serving, triton
+    from hpc.inside import alone, following, matching, meeting, models, serving, triton, vendor
     from hpc.inside.service import Server, serve
     from hpc.inside.translating import Served, beginning, recommended
 
@@ -314,13 +317,14 @@ def run(config: ServeConfig, ctx: Context) -> None:
     folder = ctx.folder / "repository"
     tokenizer = make_repository(config, engine, folder)
     target = {"onnxruntime_genai": "ensemble", "tensorrt_llm": "tensorrt_llm_bls", "llmapi": "ensemble"}[config.engine]
-    wraps = config.engine == "llmapi"
+    wraps, vendors = config.engine == "llmapi", bool(config.vendor_repository)
     generation = rundir.read_json(engine / "generation_config.json") if config.generation_config else None
     served = Served(
-        name=config.name, target=target, max_tokens=config.max_tokens, cumulative=wraps, wraps=wraps,
+        name=config.name, target=target, max_tokens=config.max_tokens, wraps=wraps, vendors=vendors,
+        **(vendor.known(folder, tokenizer) if vendors else {"cumulative": wraps, "begins": beginning(tokenizer)}),
         streams=config.streaming, adapters=_adapters(config, engine),
         echoes=not config.exclude_input and not wraps,
-        sampling=recommended(generation or {}, wraps=wraps), begins=beginning(tokenizer) if wraps else "",
+        sampling=recommended(generation or {}, wraps=wraps),
     )  # fmt: skip
     if served.sampling:
         drawn = ", ".join(f"{name} {value:g}" for name, value in served.sampling.items())
@@ -333,7 +337,7 @@ def run(config: ServeConfig, ctx: Context) -> None:
             repository=str(folder), stage=str(ctx.folder), own=own,
             shm=f"hpc{os.getpid()}_{os.urandom(4).hex()}_",
             page=str(TEMPLATES / "chat.html"), tokenizer=str(tokenizer), served=asdict(served),
-            stop_model="" if config.engine == "llmapi" else "tensorrt_llm", bind=ctx.bind, ports={}, most=most(config),
+            stop_model="" if served.foreign else "tensorrt_llm", bind=ctx.bind, ports={}, most=most(config),
             ready_s=config.ready_s, drain_s=config.drain_s, end_s=15,
             # llmapi starts the ranks of its own node by itself
             world=1 if config.engine == "llmapi" and not several else config.tp_size * config.pp_size,

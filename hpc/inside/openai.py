@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hpc.core.responses import Growing
 from hpc.inside.chat import Template
 from hpc.inside.door import HEADERS, NESTED, Door, Request, Response, error, new_id, unavailable
 from hpc.inside.figures import Request as Counted
@@ -77,7 +78,7 @@ class Api:
             return error(400, str(wrong), "invalid_request_error", getattr(wrong, "param", None))
         if self._door.busy:
             return unavailable(self._door.busy)
-        form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.wraps)
+        form = _Form(str(body.get("model") or self._served.name), chat=chat, counts=not self._served.foreign)
         with self._door.figures.request() as one:
             try:
                 pieces = self._pieces(request, words, one)
@@ -97,7 +98,7 @@ class Api:
         """What the model says, piece by piece; all of it is read, also when the client has left."""
         from aiohttp import ClientError
 
-        before, heard = "", False
+        grown, heard = Growing(words.get("stop_words", ())), False
         try:
             async with self._door.client(request, words["id"]) as client:
                 answer = await client.hold(self._door.post(self._served.target, words, stream=self._served.streams))
@@ -111,13 +112,15 @@ class Api:
                         continue
                     text = str(event.get("text_output", ""))
                     if self._served.cumulative:
-                        text, before = text[len(before) :], text
+                        text = grown.take(text)
                     yield _Piece(
                         text=text,
                         tokens=int(event.get("sequence_length", 1)),
                         prompt=int(event.get("prompt_length", 0)),
                         reason=str(event.get("finish_reason", "")),
                     )
+                if heard and (text := grown.rest()) and not client.gone:
+                    yield _Piece(text=text, tokens=0, prompt=0, reason="")
                 if not heard:
                     one.left, one.failed = client.gone, True
                     if not client.gone:

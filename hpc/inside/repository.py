@@ -165,7 +165,7 @@ def fill(text: str, values: Mapping[str, str], where: str = "the template") -> s
 def render(target: Path, engine: str, templates: Path, filling: Mapping[str, str], vendor: Path | None = None) -> None:
     """Make the repository at `target`, whole or not at all; one that is there is replaced.
 
-    `vendor`: the folder of NVIDIA's own repository (inflight_batcher_llm), whose templates are filled instead of ours.
+    `vendor`: the folder of NVIDIA's own repository, whose templates are filled instead of ours (hpc.inside.vendor).
     """
     new = target.with_name(f"{target.name}.new")
     shutil.rmtree(new, ignore_errors=True)

@@ -45,11 +45,15 @@ class Served:
     max_tokens: int
     """Where a request names none."""
     cumulative: bool = False
-    """Each of the target's responses holds all of the text so far (llmapi), not what is new."""
+    """Each of the target's responses holds all of the text so far, not what is new."""
     wraps: bool = False
-    """The target is TensorRT-LLM's LLM API: it has fewer inputs, and counts no tokens."""
+    """The target is TensorRT-LLM's LLM API: it has fewer inputs."""
+    vendors: bool = False
+    """The target is NVIDIA's own tensorrt_llm_bls."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Our name of an input -> the target's, where it has another."""
     begins: str = ""
-    """What that writes before every prompt by itself, where a chat template has written it."""
+    """What these two write before every prompt by themselves, where a chat template has written it."""
     streams: bool = True
     echoes: bool = False
     """Answers begin with the prompt (serve.exclude_input is off): that is not OpenAI's form."""
@@ -57,6 +61,11 @@ class Served:
     """Names that a request may give for the model's -> what Triton's model is told then: LoRA adapters."""
     sampling: Mapping[str, float] = field(default_factory=dict)
     """What a request does not name of temperature, top_p, top_k, repetition_penalty; else 1, 1, all and none."""
+
+    @property
+    def foreign(self) -> bool:
+        """It takes no add_special_tokens, is told nothing by a request's id, and counts no tokens."""
+        return self.wraps or self.vendors
 
 
 def recommended(generation: Mapping[str, Any], *, wraps: bool = False) -> dict[str, float]:
@@ -92,8 +101,10 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
         "max_tokens": served.max_tokens if longest is None else _whole(longest, "max_tokens", 1),
         "stream": served.streams,
     }
-    if served.wraps:  # it would write the beginning once more, and the prompt before an answer that does not stream
-        words.update(text_input=prompt if special is None else prompt.removeprefix(served.begins), exclude_input=True)
+    if served.wraps:  # it would write the prompt before an answer that does not stream
+        words["exclude_input"] = True
+    if served.foreign:  # it would write the beginning once more
+        words["text_input"] = prompt if special is None else prompt.removeprefix(served.begins)
     elif special is not None:
         words["add_special_tokens"] = special
     if temperature == 0 or top_p == 0:
@@ -121,7 +132,7 @@ def words_for(body: Mapping[str, Any], prompt: str, served: Served, *, special: 
             raise Invalid(f"{name} is not supported by this engine (llmapi)", name)
     words.update({name: value for name, value in more.items() if value})
     words.update(served.adapters.get(str(body.get("model")), {}))
-    return words
+    return {served.names.get(name, name): value for name, value in words.items()}
 
 
 def object_of(body: Mapping[str, Any], name: str) -> dict[str, Any]:

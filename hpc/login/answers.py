@@ -26,17 +26,18 @@ def ask(door: Doorway, question: Question, protocol: Protocol = "openai") -> Gen
 
         yield from overgrpc.ask(door, question)
         return
-    if protocol == "openai":
-        path, body = words.openai(question)
-        piece = words.openai_piece
-    else:
+    if protocol == "http":
         target = triton_target(door)
         path = f"/v2/models/{target.model}/generate{'_stream' if question.stream else ''}"
-        body, piece = words.triton(question, target), TritonPieces(target.cumulative).piece
+        pieces = TritonPieces(target.cumulative, question.sampling.stop)
+        yield from map(pieces.piece, _events(door, path, words.triton(question, target)))
+        yield pieces.rest()
+        return
+    path, body = words.openai(question)
     over = False
     for event in _events(door, path, body):
-        found = piece(event)
-        over = over or bool(found.reason) or not question.stream or protocol == "http"
+        found = words.openai_piece(event)
+        over = over or bool(found.reason) or not question.stream
         yield found
     if not over:
         raise _cut(door)
@@ -44,7 +45,7 @@ def ask(door: Doorway, question: Question, protocol: Protocol = "openai") -> Gen
 
 def triton_target(door: Doorway) -> Target:
     """Which of Triton's models streams whole characters."""
-    return words.target(get(door, "/v2/models/ensemble/config"))
+    return words.target(lambda model: get(door, f"/v2/models/{model}/config"))
 
 
 def get(door: Doorway, path: str) -> dict[str, Any]:

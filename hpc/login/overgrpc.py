@@ -16,7 +16,7 @@ from hpc.login.question import Piece, Question, TritonPieces
 _TYPES = {
     "text_input": "BYTES", "max_tokens": "INT32", "min_tokens": "INT32", "stop_words": "BYTES", "top_k": "INT32",
     "top_p": "FP32", "temperature": "FP32", "repetition_penalty": "FP32", "random_seed": "UINT64", "stream": "BOOL",
-    "exclude_input": "BOOL",
+    "exclude_input": "BOOL", "seed": "UINT64", "min_length": "INT32",
 }  # fmt: skip
 
 
@@ -37,9 +37,14 @@ def ask(door: Doorway, question: Question) -> Iterator[Piece]:
     kinds = {"BYTES": object, "INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32, "BOOL": np.bool_}
     client = grpc.InferenceServerClient(door.grpc)
     try:
-        config = client.get_model_config("ensemble", headers=headers, as_json=True)
-        target = words.target(config.get("config", config))
-        batched = [1] if int(config.get("config", config).get("max_batch_size", 0)) else []
+
+        def config(model: str) -> dict[str, Any]:
+            found: dict[str, Any] = client.get_model_config(model, headers=headers, as_json=True)
+            inner: dict[str, Any] = found.get("config", found)
+            return inner
+
+        target = words.target(config)
+        batched = [1] if int(config(target.model).get("max_batch_size", 0)) else []
         inputs = []
         for name, value in words.triton(question, target).items():
             values = [one.encode() if isinstance(one, str) else one for one in _listed(value)]
@@ -48,7 +53,10 @@ def ask(door: Doorway, question: Question) -> Iterator[Piece]:
             inputs[-1].set_data_from_numpy(tensor)
         client.start_stream(lambda result, error: came.put((result, error)), headers=headers)
         client.async_stream_infer(target.model, inputs, enable_empty_final_response=True)
-        pieces, decoder = TritonPieces(target.cumulative), codecs.getincrementaldecoder("utf-8")("replace")
+        pieces, decoder = (
+            TritonPieces(target.cumulative, question.sampling.stop),
+            codecs.getincrementaldecoder("utf-8")("replace"),
+        )
         while True:
             result, failed = came.get()
             if failed is not None:
@@ -57,6 +65,7 @@ def ask(door: Doorway, question: Question) -> Iterator[Piece]:
             if event:
                 yield pieces.piece(event)
             if result.get_response().parameters["triton_final_response"].bool_param:
+                yield pieces.rest()
                 return
     except InferenceServerException as error:
         raise _failure(door, error) from None

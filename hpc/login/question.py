@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpc.core import responses
 from hpc.core.errors import HpcError, NotReady, UsageError
 
 _MAX_TOKENS = 512
@@ -66,6 +67,8 @@ class Target:
     """Each of its responses holds all of the text so far."""
     wraps: bool = False
     """It is TensorRT-LLM's LLM API, which writes the prompt before the answer where it is not told otherwise."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Our name of an input -> its own, where it has another."""
 
 
 def openai(question: Question) -> tuple[str, dict[str, Any]]:
@@ -102,16 +105,23 @@ def triton(question: Question, target: Target) -> dict[str, Any]:
     }
     if target.wraps:
         asked["exclude_input"] = True
-    return {**asked, **{name: value for name, value in more.items() if value is not None}}
+    asked.update({name: value for name, value in more.items() if value is not None})
+    return {target.names.get(name, name): value for name, value in asked.items()}
 
 
-def target(ensemble: Mapping[str, Any]) -> Target:
-    """Which model streams whole characters, by the ensemble's configuration."""
+def target(config: Callable[[str], Mapping[str, Any]]) -> Target:
+    """Which model streams whole characters, and how; `config` gives the configuration of a model."""
+    ensemble = config("ensemble")
     steps = [_table(step).get("model_name") for step in _list(_table(ensemble.get("ensemble_scheduling")).get("step"))]
     outputs = [_table(output).get("name") for output in _list(ensemble.get("output"))]
     if steps[:1] == ["tensorrt_llm"]:
         return Target("ensemble", cumulative=True, wraps=True)
-    return Target("ensemble" if "finish_reason" in outputs else "tensorrt_llm_bls")
+    if "finish_reason" in outputs:
+        return Target("ensemble")
+    bls = config("tensorrt_llm_bls")
+    accumulate = _table(_table(bls.get("parameters")).get("accumulate_tokens")).get("string_value")
+    names = responses.names(_text(_table(entry).get("name")) for entry in _list(bls.get("input")))
+    return Target("tensorrt_llm_bls", responses.accumulates(_text(accumulate)), names=names)
 
 
 def openai_piece(event: Any) -> Piece:
@@ -144,18 +154,22 @@ def _count(value: Any) -> int | None:
 class TritonPieces:
     """Pieces out of the responses of Triton's model."""
 
-    def __init__(self, cumulative: bool) -> None:
+    def __init__(self, cumulative: bool, stops: Sequence[str] = ()) -> None:
         self._cumulative = cumulative
-        self._before = ""
+        self._grown = responses.Growing(stops)
         self._tokens: int | None = None
 
     def piece(self, event: Mapping[str, Any]) -> Piece:
         text = _text(event.get("text_output"))
         if self._cumulative:
-            text, self._before = text[len(self._before) :], text
+            text = self._grown.take(text)
         if (tokens := _count(event.get("sequence_length"))) is not None:
             self._tokens = (self._tokens or 0) + tokens
         return Piece(text, _text(event.get("finish_reason")), self._tokens, _count(event.get("prompt_length")))
+
+    def rest(self) -> Piece:
+        """What was kept back until the answer's end."""
+        return Piece(self._grown.rest(), tokens=self._tokens)
 
 
 def error_in(event: Any) -> str | None:

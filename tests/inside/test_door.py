@@ -126,6 +126,12 @@ def event(**words: Any) -> bytes:
     return b"HTTP/1.1 200 OK\r\n\r\ndata: " + json.dumps(words).encode() + b"\n\n"
 
 
+def events(*texts: str) -> bytes:
+    return event(text_output=texts[0]) + b"".join(
+        event(text_output=text).partition(b"\r\n\r\n")[2] for text in texts[1:]
+    )
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v2/models/m/generate", "/v2/models/m/infer"])
 def test_a_request_more_than_may_wait_is_refused(path: str) -> None:
     body, one = b'{"prompt": "x"}', event(text_output="x")
@@ -168,6 +174,18 @@ def test_usage_is_told_where_tokens_are_counted() -> None:
     assert said["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
     _, said, _ = asked("/v1/completions", WITH_TOKEN, body=b'{"prompt": "x"}', triton=one, cumulative=True, wraps=True)
     assert (said["choices"][0]["text"], "usage" in said) == ("x", False)
+
+
+def test_texts_that_grow_are_joined() -> None:
+    texts = ("H", "H\ufffd", "H안", "H안 EN", "H안 EN.", "H안 EN.E", "H안 EN.END", "H안 EN.END!")
+    came = events(*texts)
+    for stop, told in (("END", "H안 EN."), ("none", "H안 EN.END!")):
+        body = json.dumps({"prompt": "x", "stop": stop}).encode()
+        _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=came, cumulative=True, vendors=True)
+        assert said["choices"][0]["text"] == told
+    end = events("H", "H\ufffd")
+    _, said, _ = asked("/v1/completions", WITH_TOKEN, body=body, triton=end, cumulative=True, vendors=True)
+    assert said["choices"][0]["text"] == "H\ufffd"
 
 
 def test_answers_with_their_prompt_are_not_openais() -> None:

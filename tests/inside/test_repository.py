@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpc.core import passport
 from hpc.core.assets import TEMPLATES
 from hpc.core.errors import HpcError, UsageError, VerificationFailed
 from hpc.inside import pbtxt, repository
+from hpc.inside import vendor as nvidia
 from hpc.inside.repository import ENGINES, Settings
 from stages import serve
+from tests.support import vendor
 
 TRITON = TEMPLATES / "triton"
 LAB = Settings(
@@ -191,32 +197,64 @@ def test_a_name_without_a_value_is_told_and_leaves_the_old_one(tmp_path: Path) -
         repository.fill("x: ${open", {"open": "1"})
 
 
-def vendor(folder: Path) -> Path:
-    """A repository in the shape of NVIDIA's, filled by the same names."""
-    for model, text in {
-        "tensorrt_llm": 'name: "tensorrt_llm"\nbackend: "${triton_backend}"\nmax_batch_size: ${triton_max_batch_size}\n'
-        "model_transaction_policy {\n  decoupled: ${decoupled_mode}\n}\n"
-        'parameters: {\n  key: "gpt_model_path"\n  value: {\n    string_value: "${engine_dir}"\n  }\n}\n',
-        "tensorrt_llm_bls": 'name: "tensorrt_llm_bls"\nbackend: "python"\n'
-        "model_transaction_policy {\n  decoupled: ${decoupled_mode}\n}\n"
-        'parameters: {\n  key: "tensorrt_llm_model_name"\n'
-        '  value: {\n    string_value: "${tensorrt_llm_model_name}"\n  }\n}\n',
-    }.items():
-        place = folder / model
-        (place / "1").mkdir(parents=True)
-        (place / "config.pbtxt").write_text(text)
-        (place / "1" / "model.py").touch()
-    return folder
-
-
-def test_the_vendors_own_repository_is_filled_in_the_same_way(tmp_path: Path) -> None:
-    source = vendor(tmp_path / "image")
+@pytest.mark.parametrize("release", vendor.RELEASES)
+def test_nvidias_own_repository_is_filled_whole(tmp_path: Path, release: str) -> None:
+    source = vendor.make(tmp_path / "image", release)
     values = repository.values("tensorrt_llm", Path("/e"), Path("/t"), LAB)
-    repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
-    assert config(tmp_path / "made", "tensorrt_llm")["backend"] == ["tensorrtllm"]
-    (source / "tensorrt_llm" / "config.pbtxt").write_text("max_batch_size: ${new_in_a_later_release}\n")
-    with pytest.raises(HpcError, match="new_in_a_later_release"):
-        repository.render(tmp_path / "made", "tensorrt_llm", TRITON, values, source)
+    made = tmp_path / "made"
+    repository.render(made, "tensorrt_llm", TRITON, nvidia.complete(source, values), source)
+    assert not [path for path in made.rglob("*.pbtxt") if "${" in path.read_text()]
+    backend = config(made, "tensorrt_llm")
+    assert backend["backend"] == ["tensorrtllm"]
+    found = {p["key"][0]: p["value"][0]["string_value"][0] for p in backend["parameters"]}
+    assert (found["gpt_model_path"], found["gpt_model_type"]) == ("/e", "inflight_fused_batching")
+    assert (found["max_tokens_in_paged_kv_cache"], found["enable_kv_cache_reuse"]) == ("2560", "true")
+    assert {found[name] for name in ("encoder_model_path", "gpu_device_ids", "decoding_mode", "medusa_choices")} == {""}
+    other = {"min_tokens": "min_length"} if release != "later" else {"random_seed": "seed"}
+    bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": bos}))
+    assert nvidia.known(made, tmp_path) == {"cumulative": True, "names": other, "begins": "<s>"}
+    values.update(accumulate_tokens="false", add_special_tokens="false")
+    repository.render(made, "tensorrt_llm", TRITON, nvidia.complete(source, values), source)
+    assert nvidia.known(made, tmp_path) == {"cumulative": False, "names": other, "begins": ""}
+
+
+def test_all_that_nvidias_repository_lacks_is_told_at_once(tmp_path: Path) -> None:
+    source = vendor.make(tmp_path / "image", "v0.19.0")
+    values = repository.values("tensorrt_llm", Path("/e"), Path("/t"), LAB)
+    for model in ("ensemble", "tensorrt_llm"):
+        with (source / model / "config.pbtxt").open("a") as file:
+            file.write(f"version_policy: ${{later_{model}}}\n")
+    with pytest.raises(HpcError, match=r"asks for \$\{later_ensemble\}, \$\{later_tensorrt_llm\}, which") as told:
+        nvidia.complete(source, values)
+    assert "serve.extra" in str(told.value.hint)
+    shutil.rmtree(source / "postprocessing")
+    shutil.rmtree(source / "tensorrt_llm_bls")
+    with pytest.raises(HpcError, match=r"no model postprocessing, tensorrt_llm_bls, and asks for \$\{later_"):
+        nvidia.complete(source, values)
+    with pytest.raises(HpcError, match="is not there"):
+        nvidia.complete(source / "none", values)
+
+
+def test_nvidias_own_answers_as_many_at_once_as_are_taken(tmp_path: Path) -> None:
+    source = vendor.make(tmp_path / "image", "v0.19.0")
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    (engine / "tokenizer.json").write_text("{}")
+    passport.write(engine, passport.Passport(
+        engine="tensorrt_llm", model="m", architecture="LlamaForCausalLM", image="i", dtype="float16",
+        max_batch_size=5, max_input_len=1, max_seq_len=1,
+    ))  # fmt: skip
+    served = serve.ServeConfig(engine="tensorrt_llm", max_batch_size=5, vendor_repository=str(source))
+    made = tmp_path / "made"
+
+    def count(served: serve.ServeConfig) -> Any:
+        serve.make_repository(served, engine, made)
+        return config(made, "tensorrt_llm_bls")["instance_group"][0]["count"]
+
+    assert count(served) == ["5"]
+    assert count(replace(served, bls_instances=2)) == ["2"]
+    assert count(replace(served, vendor_repository="")) == ["1"]
 
 
 BREAK = {

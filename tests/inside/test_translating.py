@@ -138,6 +138,14 @@ def test_a_prompt_of_a_template_begins_once(tmp_path: Path, processor: Any, sett
     assert sent("<bos>Hi", None) == "<bos>Hi", "a text of the client's own is as it is"
 
 
+def test_nvidias_own_models_are_asked_by_their_own_names() -> None:
+    names = {"random_seed": "seed", "min_tokens": "min_length"}
+    served = replace(SERVED, cumulative=True, vendors=True, begins="<s>", names=names)
+    found = translating.words_for({"seed": 3, "min_tokens": 2, "bad_words": ["x"]}, "<s>Hi", served, special=False)
+    assert (found["seed"], found["min_length"], found["bad_words"], found["text_input"]) == (3, 2, ["x"], "Hi")
+    assert {"random_seed", "min_tokens", "add_special_tokens", "exclude_input"}.isdisjoint(found)
+
+
 def test_an_adapter_is_asked_for_as_a_model() -> None:
     served = replace(SERVED, adapters={"stars": {"lora_id": 1, "lora_name": "stars", "lora_path": "/l/stars"}})
     found = translating.words_for({"model": "stars"}, "text", served, special=None)

@@ -19,6 +19,7 @@ import pytest
 
 from hpc.core import rundir
 from hpc.core.rundir import AttemptDir
+from tests.support import vendor
 
 from .cluster import Cluster
 from .conftest import CHECKOUT
@@ -626,13 +627,18 @@ import sys
 from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
-from hpc.inside import repository, pbtxt
+from hpc.inside import repository, pbtxt, vendor
 repository._IMAGE_LLMAPI = Path("llmapi")
-for engine in repository.ENGINES:
+nvidias = sorted(Path("vendor").iterdir())
+for engine in (*repository.ENGINES, *nvidias):
     settings = repository.Settings(adapters='{"a b": 1}', lora_data_type="TYPE_FP32", lora_cache_max_adapter_size=8)
+    source = engine if engine in nvidias else None
+    name, engine = (engine.name, "tensorrt_llm") if source else (engine, engine)
     values = repository.values(engine, Path('/a "b"'), Path("/한글"), settings)
-    repository.render(Path("made", engine), engine, Path(sys.argv[1]), values)
-    for path in sorted(Path("made", engine).glob("*/config.pbtxt")):
+    values = vendor.complete(source, values) if source else values
+    repository.render(Path("made", name), engine, Path(sys.argv[1]), values, source)
+    for path in sorted(Path("made", name).glob("*/config.pbtxt")):
+        assert "${" not in path.read_text()
         config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
         own = pbtxt.parse(path.read_text())
         assert config.name == path.parent.name == own["name"][0]
@@ -641,6 +647,9 @@ for engine in repository.ENGINES:
         assert {k: v.string_value for k, v in config.parameters.items()} == {
             p["key"][0]: p["value"][0]["string_value"][0] for p in own.get("parameters", [])}
         assert config.model_transaction_policy.decoupled == repository.decoupled(own)
+        print(name, config.name)
+        if source:
+            continue
         inputs = {i.name: (model_config_pb2.DataType.Name(i.data_type), list(i.dims)) for i in config.input}
         if (engine, config.name) == ("tensorrt_llm", "tensorrt_llm"):
             assert inputs["lora_task_id"] == ("TYPE_UINT64", [1])
@@ -650,7 +659,6 @@ for engine in repository.ENGINES:
         if config.name == "tensorrt_llm_bls":
             assert inputs["lora_name"] == ("TYPE_STRING", [1])
             assert config.parameters["adapters"].string_value == '{"a b": 1}'
-        print(engine, config.name)
 """
 
 
@@ -659,6 +667,8 @@ def test_tritons_own_reader_agrees_with_ours(
 ) -> None:
     (workdir / "llmapi").mkdir()
     (workdir / "llmapi" / "model.py").touch()
+    for release in vendor.RELEASES:
+        vendor.make(workdir / "vendor" / release, release)
     (workdir / "made").mkdir()
     shutil.chown(workdir / "made", "alice", "alice")
     (code,) = hpc_install.glob("lib/python*/site-packages")
@@ -666,7 +676,7 @@ def test_tritons_own_reader_agrees_with_ours(
     shown = cluster.run(
         "alice", *inside, "python3", "-c", PARSED, str(code / "hpc" / "_assets" / "templates" / "triton"), cwd=workdir
     )
-    assert len(shown.stdout.split("\n")) == 5 + 5 + 2 + 1
+    assert len(shown.stdout.split("\n")) == 5 + 5 + 2 + 5 * len(vendor.RELEASES) + 1
 
 
 def test_adapters_of_a_tensorrt_engine_are_models(

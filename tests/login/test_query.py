@@ -226,10 +226,14 @@ def test_grpc_without_its_client_says_what_to_install(
 # ---- Triton's own API
 
 
-def triton(config: dict[str, Any], *events: dict[str, Any]) -> Callable[[str, dict[str, Any]], Reply]:
+def triton(
+    config: dict[str, Any], *events: dict[str, Any], bls: dict[str, Any] | None = None
+) -> Callable[[str, dict[str, Any]], Reply]:
     def reply(path: str, body: dict[str, Any]) -> Reply:
         if path.endswith("/config"):
-            return Reply(body=config)
+            return Reply(body=bls or {} if path == "/v2/models/tensorrt_llm_bls/config" else config)
+        if path.endswith("/generate"):
+            return Reply(body=events[-1])
         return Reply([json.dumps(event, ensure_ascii=False) for event in events])
 
     return reply
@@ -260,6 +264,27 @@ def test_tritons_own_api_is_asked_of_the_model_that_fits(
     if config is LLMAPI:
         asked["exclude_input"] = True
     assert one.asked[-1] == (f"/v2/models/{model}/generate_stream", asked)
+
+
+@pytest.mark.parametrize("more", [(), ("--no-stream",)])
+def test_nvidias_own_answers_hold_all_of_the_text_so_far(
+    stub: Any, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    accumulates = {"accumulate_tokens": {"string_value": "true"}}
+    bls = {"parameters": accumulates, "input": [{"name": "text_input"}, {"name": "seed"}, {"name": "min_tokens"}]}
+    texts = ("안", "안\ufffd", "안녕", "안녕E", "안녕EN", "안녕END")
+    one = stub(triton(NVIDIAS, *({"text_output": text} for text in texts), bls=bls))
+    options = ("--protocol", "http", "--raw", "--stop", "END", "--seed", "3", "--min-tokens", "2", *more)
+    assert query(one, "x", *options) == 0
+    assert capsys.readouterr().out == "안녕\n"
+    path, asked = one.asked[-1]
+    assert path == f"/v2/models/tensorrt_llm_bls/generate{'' if more else '_stream'}"
+    assert (asked["seed"], asked["min_tokens"]) == (3, 2)
+    assert "random_seed" not in asked
+    bls["parameters"] = {}
+    one = stub(triton(NVIDIAS, {"text_output": "안"}, {"text_output": "녕"}, bls=bls))
+    assert query(one, "x", *options[:3]) == 0
+    assert capsys.readouterr().out == "안녕\n"
 
 
 def test_an_error_in_tritons_stream_is_seen(stub: Any, capsys: pytest.CaptureFixture[str]) -> None:
