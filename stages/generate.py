@@ -214,15 +214,15 @@ def _judged(
     """The answers that are kept and those that are not, each in the order of the prompts."""
     kept: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[Any, str]] = set()
     for at in sorted(said):
         entry, prompt = said[at], prompts[at[0]]
         reason = fault(entry, config)
-        if not reason and (prompt.text, entry["text"]) in seen:
+        if not reason and (prompt.talk, entry["text"]) in seen:
             reason = "said before"
         if not reason and entry["text"] == prompt.text.strip():
             reason = "the prompt itself"
-        seen.add((prompt.text, entry["text"]))
+        seen.add((prompt.talk, entry["text"]))
         (dropped if reason else kept).append({**entry, **({"reason": reason} if reason else {})})
     return kept, dropped
 
@@ -262,9 +262,9 @@ def _write(
     from hpc.core.rundir import write_json
 
     folder.mkdir(parents=True, exist_ok=True)
-    texts = sorted({prompts[entry["at"][0]].text for entry in kept})  # one prompt's answers stay on one side
-    count = min(round(len(texts) * config.eval_share), len(texts) - 1)
-    held = set(random.Random(config.seed).sample(texts, count))
+    talks = sorted({prompts[entry["at"][0]].talk for entry in kept})  # one prompt's answers stay on one side
+    count = min(round(len(talks) * config.eval_share), len(talks) - 1)
+    held = set(random.Random(config.seed).sample(talks, count))
     lines: dict[str, list[str]] = {"train": [], "eval": [], "dropped": []}
     for entry in kept:
         prompt = prompts[entry["at"][0]]
@@ -272,7 +272,7 @@ def _write(
             "messages": [*prompt.messages, {"role": "assistant", "content": entry["text"]}],
             "from": {key: entry[key] for key in ("where", "model", "score") if key in entry},
         }
-        lines["eval" if prompt.text in held else "train"].append(json.dumps(row, ensure_ascii=False))
+        lines["eval" if prompt.talk in held else "train"].append(json.dumps(row, ensure_ascii=False))
     lines["dropped"] = [json.dumps(entry, ensure_ascii=False) for entry in dropped]
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

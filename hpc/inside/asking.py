@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc.core import endpoint
-from hpc.core.errors import HpcError, NotReady
+from hpc.core.errors import HpcError, NotReady, UsageError
 from hpc.core.rundir import StageDir
+from hpc.inside.records import as_text
 
 _AGAIN_S = 2.0
 _AWAY = frozenset({408, 429, 500, 502, 503, 504})
@@ -81,13 +82,14 @@ class Served:
             raise _AwayError(str(failed)) from failed
         try:
             choice = said["choices"][0]
-            text, whole = choice["message"]["content"] or "", choice.get("finish_reason") != "length"
-        except (KeyError, IndexError, TypeError) as failed:
+            text, ended = as_text(choice["message"]["content"] or "", "content"), choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, UsageError) as failed:
             raise HpcError(f"{address} does not answer as OpenAI's API does: {str(said)[:200]}") from failed
+        if ended == "content_filter":
+            raise RefusedRequest("its filter withheld the answer, or the rest of it")
         used = said.get("usage") or {}
-        return Answer(
-            text=text, whole=whole, tokens=int(used.get("completion_tokens") or 0), model=str(said.get("model", ""))
-        )
+        tokens = int(used.get("completion_tokens") or 0)
+        return Answer(text=text, whole=ended != "length", tokens=tokens, model=str(said.get("model", "")))
 
     def _address(self) -> tuple[str, str]:
         """Looked up for every question: a service that was requeued, or handed over, answers elsewhere."""

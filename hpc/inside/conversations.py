@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hpc.core.errors import HpcError, UsageError
-from hpc.inside import families
+from hpc.inside import families, sources
+from hpc.inside.records import as_text
 
 IGNORED = -100
 """The label that torch's cross entropy leaves out of the loss."""
@@ -19,13 +19,32 @@ Message = dict[str, str]
 
 
 def read(dataset: Path, part: str) -> Iterator[list[Message]]:
-    """The conversations of train.jsonl or eval.jsonl; UsageError where there is no such file."""
+    """The conversations of train.jsonl or eval.jsonl; UsageError where there is no such file, or no good line."""
     path = dataset / f"{part}.jsonl"
-    try:
-        with open(path, encoding="utf-8") as file:  # not splitlines(), which also splits at U+2028 within a text
-            yield from (json.loads(line)["messages"] for line in file)
-    except OSError as error:
-        raise UsageError(f"there is no {path}", hint="give the data set that prepare makes") from error
+    if not path.is_file():
+        raise UsageError(f"there is no {path}", hint="give the data set that prepare makes")
+    for piece in sources.pieces(path):
+        for number, value in sources.values(piece):
+            yield _conversation(value, f"{piece.name} line {number}")
+
+
+def _conversation(value: Any, where: str) -> list[Message]:
+    """The messages of a line, each with a text as content."""
+    said = value.get("messages") if isinstance(value, dict) else None
+    turns = said if isinstance(said, list) and all(isinstance(turn, dict) for turn in said) else []
+    roles = [turn.get("role") for turn in turns]
+    if not turns or roles[0] == "assistant" or not all(isinstance(role, str) for role in roles):
+        raise UsageError(
+            f"{where}: no conversation in it",
+            hint='a line is {"messages": [{"role": …, "content": …}, …]}, a question first: prepare makes such lines',
+        )
+    return [{**turn, "content": _content(turn, where)} for turn in turns]
+
+
+def _content(turn: Mapping[str, Any], where: str) -> str:
+    """What a turn says; a call of a tool says nothing, and null stands for that."""
+    content = "" if turn.get("tool_calls") and turn.get("content") is None else turn.get("content")
+    return as_text(content, f"{where}: 'content'")
 
 
 def rows(

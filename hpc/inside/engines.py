@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from hpc.core import division, engines, passport, rundir, shape, trtllm
 from hpc.core.errors import HpcError, VerificationFailed
 from hpc.core.passport import Passport
 from hpc.core.stage import Context
-from hpc.inside import lorarrays, loras, meeting, models, onnxgraph
+from hpc.inside import conversations, lorarrays, loras, meeting, models, onnxgraph
 
 RECORD = "hpc.json"
 """In a folder of checkpoints: which model it is of."""
@@ -384,15 +385,13 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _calibration(dataset: Path, model: Path, part: Path, most: int) -> Path:
     """A folder with the conversations as texts in the model's chat template, as quantize.py reads it."""
     words = models.tokenizer(model)
-    folder = part.parent / ".calibration"
+    folder = part.parent / ".calibration.part"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     kept = 0
-    with open(dataset / "train.jsonl", encoding="utf-8") as rows, open(folder / "train.jsonl", "w") as out:
-        for row in rows:
-            if kept == most:
-                break
-            text = words.apply_chat_template(json.loads(row)["messages"], tokenize=False)
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as out:
+        for messages in islice(conversations.read(dataset, "train"), most):
+            text = words.apply_chat_template(messages, tokenize=False)
             out.write(json.dumps({"text": text}) + "\n")
             kept += 1
     if not kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,13 @@ def files(name: str, fetched: str | None) -> list[Path]:
 
 
 def names(sources: Sequence[Source]) -> list[str]:
-    """The files' names, with their folders' where two have the same."""
-    plain = [source.path.name for source in sources]
-    twice = {name for name in plain if plain.count(name) > 1}
-    return [f"{s.path.parent.name}/{s.path.name}" if s.path.name in twice else s.path.name for s in sources]
+    """The files' names, with as many of their folders as tell them apart."""
+    found: dict[Path, str] = {}
+    left, depth = {source.path for source in sources}, 0
+    while left:
+        depth += 1
+        ends = Counter(path.parts[-depth:] for path in left)
+        told = {path for path in left if ends[path.parts[-depth:]] == 1 or depth >= len(path.parts)}
+        found |= {path: str(Path(*path.parts[-depth:])) for path in told}
+        left -= told
+    return [found[source.path] for source in sources]

@@ -163,8 +163,11 @@ def written_whole(path: Path, *, readable: bool = False) -> Iterator[Path]:
     A folder to write into, which becomes `path` (replacing an old one) only if the block succeeds.
 
     Its files get the usual mode of new files, or are readable by everybody; safetensors itself writes 0600.
+    What a writer that was killed has left goes first: an output has one writer at a time.
     """
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    for left in path.parent.glob(f".{path.name}-*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part"))
     try:
         yield part
         _set_modes(part, readable)

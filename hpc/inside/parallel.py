@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -75,8 +76,15 @@ class Workers:
 
 
 def _begin() -> None:
-    """A worker ends with its parent, not by the scheduler's warning: what it holds is still wanted."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """A worker ends with the process it works for, not by the scheduler's warning: what it holds is still wanted."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with_parent() -> None:
+    """By this, and not by PDEATHSIG: to the kernel the parent is the fork server, which ends when its workers have."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -22,6 +22,11 @@ class Prompt:
     def text(self) -> str:
         return self.messages[-1]["content"]
 
+    @property
+    def talk(self) -> tuple[tuple[str, str], ...]:
+        """All that is said, to be told from other prompts by."""
+        return tuple((message["role"], message["content"]) for message in self.messages)
+
 
 def read(path: Path) -> Iterator[Prompt]:
     """The prompts of a file, in order; UsageError, with the line, for one that cannot be."""

@@ -25,7 +25,16 @@ _LONGEST = 64 << 20
 """A single item of a JSON array is no longer than this."""
 _BOM = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".jsonl.gz", ".json.gz", ".ndjson")
-_OF_DATASETS = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json", "report.json"}
+_OF_DATASETS = {
+    "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json",
+    "report.json", "dropped.jsonl", "provenance.json",
+}  # fmt: skip
+"""What lies beside the rows: of the library datasets, of prepare and of generate."""
+_READ = {
+    "text", "instruction", "input", "output", "context", "response", "prompt", "completion", "system", "history",
+    "messages", "conversations", "dialogue", "summary", "log", "original dialog info", "chosen", "rejected",
+}  # fmt: skip
+"""All keys that are read of a record, or of a preference."""
 _COLUMNAR = {".parquet": "Parquet", ".arrow": "Arrow"}
 
 
@@ -240,17 +249,22 @@ def _rows(path: Path, kind: str) -> Iterator[Piece]:
 
 
 def _taken(batch: Any, name: str, row: int) -> list[Any]:
-    """The rows of a batch, whose first has this number."""
+    """The rows of a batch, whose first has this number; a column that nobody reads may hold what Python has not."""
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            raise UsageError(f"{name} row {row}: not UTF-8 text", hint="write the file anew from UTF-8 text") from error
-        return [value for at in range(batch.num_rows) for value in _taken(batch.slice(at, 1), name, row + at)]
+    except (ValueError, OverflowError) as error:
+        read = [at for at, column in enumerate(batch.schema.names) if column in _READ]
+        if 0 < len(read) < batch.num_columns:
+            return _taken(batch.select(read), name, row)
+        if batch.num_rows > 1:
+            return [value for at in range(batch.num_rows) for value in _taken(batch.slice(at, 1), name, row + at)]
+        said = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error}"
+        raise UsageError(f"{name} row {row}: {said}", hint="mend the record, or write the file anew") from error
 
 
 def _utf8(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 text", hint="convert it, e.g. iconv -f latin1 -t utf8") from error
+        form = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+        raise UsageError(f"{where}: not UTF-8 text", hint=f"convert it, e.g. iconv -f {form} -t utf8") from error

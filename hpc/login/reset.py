@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,10 @@ def _reset(left: Leftovers, asked: Mapping[str, Any]) -> list[Path]:
     _wait(left.run, names, asked)
     removed = [*left.files, *(path for name in names for path in _left(left.run.stage(name)))]
     for path in removed:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     for path in left.images:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, secrets.token_hex(8))
@@ -122,8 +126,9 @@ def _reset(left: Leftovers, asked: Mapping[str, Any]) -> list[Path]:
 
 
 def _left(folder: StageDir) -> list[Path]:
-    """A service's announcement, and files that were being written when their writer was killed."""
-    return [path for path in (folder.endpoint, folder.token) if path.exists()] + sorted(folder.path.glob(".*.part"))
+    """A service's announcement, and what was being written when its writer was killed."""
+    announced = [path for path in (folder.endpoint, folder.token) if path.exists()]
+    return [*announced, *sorted([*folder.path.glob("*.part"), *folder.out.glob(".*.part")])]
 
 
 def _wait(run: RunDir, names: Sequence[str], asked: Mapping[str, Any]) -> None:

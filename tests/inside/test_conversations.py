@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpc.core.errors import HpcError
+from hpc.core.errors import HpcError, UsageError
 from tests.support import tiny
 
 pytestmark = pytest.mark.train
@@ -52,6 +53,36 @@ def spans(row: dict[str, list[int]], tokenizer: Any) -> list[str]:
             found += [[]] if before == -100 else []
             found[-1].append(label)
     return [tokenizer.decode(ids) for ids in found]
+
+
+GOOD = json.dumps({"messages": talk("Q?", "One.")}) + "\n"
+
+
+def test_a_folder_of_ones_own_may_have_blank_lines_a_byte_order_mark_and_texts_in_parts(tmp_path: Path) -> None:
+    from hpc.inside import conversations
+
+    parts = GOOD.replace('"One."', '[{"type": "text", "text": "On"}, {"type": "text", "text": "e."}]')
+    (tmp_path / "train.jsonl").write_text("\ufeff" + GOOD + "\n" + parts + "\n\n", encoding="utf-8")
+    assert list(conversations.read(tmp_path, "train")) == [talk("Q?", "One.")] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (GOOD[:20], "not valid JSON"),
+        ('{"text": "x"}', "no conversation in it"),
+        ('{"messages": []}', "no conversation in it"),
+        ('{"messages": [{"content": "x"}]}', "no conversation in it"),
+        (json.dumps({"messages": talk("Q?", "One.")[1:]}), "no conversation in it"),
+        (GOOD.replace('"One."', "null"), "'content' must be a text, not null"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+    from hpc.inside import conversations
+
+    (tmp_path / "eval.jsonl").write_text(GOOD + line)
+    with pytest.raises(UsageError, match=f"eval.jsonl line 2: {message}"):
+        list(conversations.read(tmp_path, "eval"))
 
 
 @pytest.mark.generations

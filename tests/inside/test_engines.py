@@ -165,7 +165,7 @@ def test_precisions(
     data.mkdir()
     (data / "train.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "안녕\u2028?"}]}) + "\n")
     converted = convert(model, tmp_path / "convert", dataset=data, dtype="float16", **config)
-    assert not list(converted.folder.rglob(".calibration")), "the texts are gone again"
+    assert not list(converted.folder.rglob(".calibration*")), "the texts are gone again"
     made = build(converted.outputs["checkpoint"], tmp_path / "build", **config)
     found = passport.read(made.outputs["engine"])
     assert (found.quantization, found.kv_cache) == (quantization, cache)

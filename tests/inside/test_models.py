@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +82,17 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError), models.written_whole(tmp_path / "model") as part:
         part.mkdir()  # it is there: any error of the block will do
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "old"]
+
+
+def test_what_a_killed_writer_left_goes_when_the_next_begins(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from hpc.inside import models"
+    code += "\nwith models.written_whole(Path(sys.argv[1])) as part: (part / 'half').touch(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "model"], check=False).returncode == -9
+    assert [p.name for p in tmp_path.rglob("*")][1:] == ["half"]
+    folder(tmp_path / ".model-of-another", "mine")
+    with models.written_whole(tmp_path / "model") as part:
+        (part / "new").touch()
+    assert {p.name for p in tmp_path.iterdir()} == {"model", ".model-of-another"}
 
 
 @pytest.mark.parametrize(

@@ -30,20 +30,20 @@ def said(row: records.Row) -> list[tuple[str, str]]:
 PAIR = [("user", "Q1"), ("assistant", "A1")]
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"text": "### Human: Q1### Assistant: A1"},
-        {"text": "### Human: Q1\n### Assistant: A1\n"},
-        {"instruction": "Q1", "input": "", "output": "A1", "language": "en"},
-        {"instruction": "Q1", "output": " A1 "},
-        {"messages": [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q1"}]}, {"role": "bot", "content": "A1"}]},
-        {"conversations": [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}]},
-        {"instruction": "Q1", "context": "", "response": "A1"},
-        {"prompt": "Q1", "completion": "A1"},
-    ],
-)
+FORMS: list[dict[str, Any]] = [
+    {"text": "### Human: Q1### Assistant: A1"},
+    {"text": "### Human: Q1\n### Assistant: A1\n"},
+    {"instruction": "Q1", "input": "", "output": "A1", "language": "en"},
+    {"instruction": "Q1", "output": " A1 "},
+    {"messages": [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q1"}]}, {"role": "bot", "content": "A1"}]},
+    {"conversations": [{"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"}]},
+    {"instruction": "Q1", "context": "", "response": "A1"},
+    {"prompt": "Q1", "completion": "A1"},
+]
+
+
+@pytest.mark.parametrize("value", FORMS)
 def test_each_form_gives_the_same_conversation(tmp_path: Path, value: dict[str, Any]) -> None:
     (row,) = rows(tmp_path, value)
     assert said(row) == PAIR
@@ -179,7 +179,8 @@ def test_a_large_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_stands_for_its_files(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "dataset_info.json", ".hidden.jsonl", "notes.txt"):
+    beside = ("dataset_info.json", "report.json", "dropped.jsonl", "provenance.json")
+    for name in ("b.jsonl", "a.json", *beside, ".hidden.jsonl", "notes.txt"):
         (tmp_path / name).write_text("{}")
     assert [path.name for path in sources.files(tmp_path)] == ["a.json", "b.jsonl"]
 
@@ -224,6 +225,33 @@ def test_a_text_of_a_table_that_is_none_is_named(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.table({"instruction": ["Q"] * 4, "output": column}), path)
         with pytest.raises(UsageError, match=message):
             list(records.read(path))
+
+
+@pytest.mark.train
+def test_columns_that_nobody_reads_may_hold_what_python_has_not(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path, far = tmp_path / "a.parquet", pyarrow.array([1, 2**60], pyarrow.timestamp("us"))
+    words = pyarrow.array([b"A", b"\xe4"])
+    others = {
+        "far": far,
+        "zone": pyarrow.array([1, 2], pyarrow.timestamp("us", "Mars/Phobos")),
+        "twice": pyarrow.StructArray.from_arrays([words, words], names=["a", "a"]),
+        "latin": pyarrow.Array.from_buffers(pyarrow.string(), 2, words.buffers()),
+    }
+    older = {"system": "S", "history": [["Q0", "A0"]], "instruction": "Q1", "input": "", "output": "A1"}
+    for value in (*FORMS[:5], *FORMS[6:], older):  # no column holds texts and lists
+        pairs = {name: pyarrow.array([content] * 2) for name, content in value.items()}
+        lines = [said(row) for row in rows(tmp_path, value, value)]
+        for name, column in others.items():
+            parquet.write_table(pyarrow.table({**pairs, name: column}), path)
+            assert [said(row) for row in records.read(path)] == lines
+    turns = [[{"role": "user", "content": "Q", "at": at}] for at in far.cast(pyarrow.int64()).to_pylist()]
+    kind = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string(), "at": far.type}))
+    parquet.write_table(pyarrow.table({"messages": pyarrow.array(turns, kind)}), path)
+    with pytest.raises(UsageError, match=r"a\.parquet row 2: cannot be read: date value out of range"):
+        list(records.read(path))
 
 
 def test_a_json_array_reads_like_lines(tmp_path: Path) -> None:
@@ -281,6 +309,17 @@ def test_errors_name_file_and_line(tmp_path: Path, data: bytes, message: str) ->
         list(records.read(tmp_path / "data.jsonl"))
     assert message in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(("form", "advised"), [("utf-16", "utf-16"), ("utf-16-be", "utf-16"), ("latin1", "latin1")])
+def test_a_file_that_is_not_utf_8_is_told_how_to_become_it(tmp_path: Path, form: str, advised: str) -> None:
+    text = ("\ufeff" if form == "utf-16-be" else "") + json.dumps(
+        {"instruction": "ä", "output": "A"}, ensure_ascii=False
+    )
+    (tmp_path / "a.jsonl").write_bytes(text.encode(form))
+    with pytest.raises(UsageError, match="line 1: not UTF-8 text") as caught:
+        list(records.read(tmp_path / "a.jsonl"))
+    assert f"iconv -f {advised} -t utf8" in caught.value.hint
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:

@@ -65,6 +65,10 @@ def test_what_a_dead_service_left_goes_and_all_else_stays(door: Local) -> None:
     left = [folder / "endpoint.json", folder / "token", folder / ".token.17.part"]
     for path in left:
         path.write_text("{}")
+    for path in (folder / "out/.model-x1y2z3.part", folder / "prepare.part"):
+        path.mkdir()
+        (path / "half").write_text("half")
+        left.append(path)
     shown = door.json("reset", "door", "--yes")
     assert shown["schema"] == "hpc.reset/1"
     assert (shown["run"], shown["cancelled"]) == ("door-1", [])

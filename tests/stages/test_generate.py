@@ -27,9 +27,9 @@ class StubModel:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.say: Callable[[dict[str, Any]], str] = lambda body: f"About {body['messages'][-1]['content']}"
+        self.say: Callable[[dict[str, Any]], Any] = lambda body: f"About {body['messages'][-1]['content']}"
         self.before: Callable[[], int] = lambda: 200
-        self.finish = "stop"
+        self.ends: Callable[[dict[str, Any]], str] = lambda body: "stop"
         self.token = "secret"
         outer = self
 
@@ -42,7 +42,7 @@ class StubModel:
                 answer: dict[str, Any] = {"error": {"message": f"because {status}"}}
                 if status == 200:
                     outer.asked.append(body)
-                    choice = {"message": {"content": outer.say(body)}, "finish_reason": outer.finish}
+                    choice = {"message": {"content": outer.say(body)}, "finish_reason": outer.ends(body)}
                     answer = {"model": "stub", "choices": [choice], "usage": {"completion_tokens": 3}}
                 data = json.dumps(answer).encode()
                 self.send_response(status)
@@ -86,6 +86,10 @@ def prompts(tmp_path: Path) -> str:
     path = tmp_path / "prompts.txt"
     path.write_text("".join(f"the {word}\n" for word in ("wall", "roof", "집", "door", "🏠")), encoding="utf-8")
     return str(path)
+
+
+def talk(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -141,6 +145,7 @@ def test_the_same_answers_make_the_same_bytes_in_whatever_order_they_come(
         ("<think>only a thought</think>", "stop", {"thoughts": "strip"}, "empty"),
         ("<think>a thought", "stop", {"thoughts": "strip"}, "empty"),
         ("a thought\n</think>\n\n", "stop", {"thoughts": "strip"}, "empty"),
+        ("half of some", "content_filter", {"unfinished": True}, "the service refused the request"),
     ],
 )
 def test_what_is_left_out_is_kept_apart_with_its_reason(
@@ -154,7 +159,7 @@ def test_what_is_left_out_is_kept_apart_with_its_reason(
     reason: str,
 ) -> None:
     model.say = lambda body: said if body["messages"][-1]["content"] == "the wall" else "fine"
-    model.finish = finish
+    model.ends = lambda body: finish if finish == "length" or model.say(body) == said else "stop"
     served = model.announce(tmp_path / "serve")
     kept = {"unfinished": False, **options}
     result = run_stage("generate", {"endpoint": served}, prompts=(prompts,), **kept)
@@ -188,6 +193,31 @@ def test_a_judge_leaves_out_what_it_gives_less_than_the_least_score(
     assert train == {"the wall": 9, "the 집": 8, "the 🏠": 8}
     reasons = [row["reason"] for row in rows(result.out("dataset") / "dropped.jsonl")]
     assert reasons == ["the judge gave no number", "judged below 7"]
+
+
+def test_the_same_question_in_another_conversation_is_another_prompt(
+    run_stage: RunStage, model: StubModel, tmp_path: Path
+) -> None:
+    """And an answer that comes in parts is a text."""
+    paris, rome = (talk(f"Is {city} in France?", "Yes.", "Sure?") for city in ("Paris", "Rome"))
+    lines = (json.dumps({"messages": messages}) + "\n" for messages in (paris, rome, paris))
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    model.say = lambda body: [{"type": "text", "text": "Qu"}, {"type": "text", "text": "ite."}]
+    served = model.announce(tmp_path / "serve")
+    result = run_stage("generate", {"endpoint": served}, prompts=(str(tmp_path / "p.jsonl"),), eval_share=0.5)
+    assert (result.code, result.metrics["dropped"]) == (0, {"said before": 1})
+    made = [*rows(result.out("dataset") / "train.jsonl"), *rows(result.out("dataset") / "eval.jsonl")]
+    assert sorted(row["messages"][0]["content"] for row in made) == ["Is Paris in France?", "Is Rome in France?"]
+    assert {row["messages"][-1]["content"] for row in made} == {"Quite."}
+
+
+def test_an_answer_that_is_no_text_ends_the_stage_with_a_sentence(
+    run_stage: RunStage, model: StubModel, prompts: str, tmp_path: Path
+) -> None:
+    model.say = lambda body: [{"type": "image_url", "image_url": {"url": "x"}}]
+    result = run_stage("generate", {"endpoint": model.announce(tmp_path / "serve")}, prompts=(prompts,))
+    assert result.code == 1
+    assert "does not answer as OpenAI's API does" in result.error["cause"]
 
 
 def test_a_thought_that_began_in_the_prompt_is_whole_and_a_row_is_always_left(

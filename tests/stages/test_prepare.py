@@ -14,6 +14,7 @@ import pytest
 from hpc.core.errors import UsageError
 from hpc.core.site import Site
 from hpc.core.stage import Around
+from hpc.inside import given
 from stages import prepare
 
 RunStage = Callable[..., Any]
@@ -78,6 +79,12 @@ def test_no_data_is_refused_unless_it_is_fetched() -> None:
         "c",
         "d",
     )
+
+
+def test_files_are_told_apart_by_as_many_folders_as_it_takes() -> None:
+    paths = ["f/a/data/t.jsonl", "f/b/data/t.jsonl", "f/b/data/e.jsonl", "/x/t.jsonl", "t.jsonl", "t.jsonl"]
+    told = ["a/data/t.jsonl", "b/data/t.jsonl", "e.jsonl", "x/t.jsonl", "t.jsonl", "t.jsonl"]
+    assert given.names([given.Source(Path(path), "data", 0) for path in paths]) == told
 
 
 def test_what_it_asks_for() -> None:
