@@ -48,7 +48,7 @@ class Digests:
 
     def of(self, path: Path) -> str:
         """The content hash of a file, or of all files of a folder; UsageError where it isn't there."""
-        if path.is_dir():
+        if os.path.isdir(path):
             listing = json.dumps(tree(path, self._file), sort_keys=True)
             return hashlib.sha256(listing.encode()).hexdigest()
         return self._file(path)
@@ -58,13 +58,14 @@ class Digests:
         if self._changed:
             try:
                 self._store.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._store, self._known)
+                write_json(self._store, {**(read_json(self._store) or {}), **self._known})  # others learn too
             except OSError:
                 pass
 
     def _file(self, path: Path) -> str:
         try:
-            stat = path.stat()
+            with open(path, "rb") as file:  # opening asks the file server; a stat alone may be told by an old memory
+                stat = os.fstat(file.fileno())
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}: {error.strerror}", hint="check the path, and that you may read it"

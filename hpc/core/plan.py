@@ -44,6 +44,8 @@ class Planned:
     sources: tuple[Source, ...]
     reads: tuple[str, ...]
     """Absolute paths outside the run that it reads."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Those that count by their content -> its hash, which is in the key."""
     writes: tuple[str, ...] = ()
     """Absolute paths of folders outside the run that it works in."""
     key: str
@@ -65,6 +67,7 @@ class Planned:
             "key": self.key,
             "config": configs.encode(self.config),
             "inputs": dict(inputs),
+            "reads": dict(self.digests),
             "outputs": {
                 name: {"kind": artifact.kind, "path": str(out / artifact.path)}
                 for name, artifact in self.stage.outputs(self.config).items()
@@ -223,15 +226,17 @@ def _one(
             f"{stage.name}: {resources.gpus} {card.name} slices can't train together: NCCL joins whole cards alone",
             hint=f"set {stage.name}.resources to nodes = 1 and gpus_per_node = 1, or a site.gres of whole cards",
         )
+    contents = {text: facts.digest(path) for text, path in files.items()}
     key = configs.key_of(
         stage.name,
         paths.content(config, absolute, {**files, **folders}),
         [[s.name, s.key] for s in sources],
-        [facts.digest(files[text]) for text in stage.files(wish.config)],
+        [contents[text] for text in stage.files(wish.config)],
         environment.digest,
         facts.source(stage),
     )
     reads = tuple(p for p in (*absolute.values(), *files.values()) if p.startswith("/"))
+    given = {s.value: s.key for s in sources if s.stage is None and s.kind != "endpoint" and s.value in reads}
     return (
         Planned(
             stage=stage,
@@ -241,6 +246,7 @@ def _one(
             environment=environment,
             sources=sources,
             reads=reads,
+            digests={**given, **{files[text]: content for text, content in contents.items()}},
             writes=tuple(folders.values()),
             key=key,
         ),

@@ -170,13 +170,28 @@ class StageDir:
         found = (AttemptDir(path.parent) for path in self.path.glob("attempt-*/successor.json"))
         return sorted(found, key=lambda attempt: attempt.number)
 
-    def done(self, key: str) -> bool:
+    def made(self, key: str) -> bool:
         """True where a manifest with this key exists, and can be read."""
+        return self._made(key) is not None
+
+    def done(self, key: str) -> bool:
+        """True where it was made, and its outputs are there: they may have been removed to save space."""
+        manifest = self._made(key)
+        return manifest is not None and all(
+            os.path.exists(self.out / str(output["path"]).rpartition(f"/{self.name}/out/")[2])  # a project may move
+            for output in manifest.get("outputs", {}).values()
+        )
+
+    def emptied(self, key: str) -> bool:
+        """Whether the outputs of what was made were removed, by one look at `out` for most: planning asks for each."""
+        return not (os.path.exists(self.out) or self.done(key))
+
+    def _made(self, key: str) -> dict[str, Any] | None:
         try:
             manifest = read_json(self.manifest)
         except OSError:
-            return False
-        return manifest is not None and manifest.get("key") == key
+            return None
+        return manifest if manifest is not None and manifest.get("key") == key else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +24,8 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 DATA_FILES = tuple(f"*{suffix}" for suffix in sources.SUFFIXES)
 
 _AT_ONCE = 4
+_PIECE = 64 << 20
+"""Bytes that are copied between two looks at whether to stop."""
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _URL = re.compile(r"https?://[^\s#]+(#sha256=[0-9a-f]{64})?")
 
@@ -51,7 +53,10 @@ def url_of(text: str) -> tuple[str, str | None]:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches into a store that all runs share; a run's folder then holds links to the store's files."""
+    """Fetches into a store that all runs share; a run's folder then holds links to the store's files.
+
+    What lies at a path of the user's is copied: whoever saves there writes into the same file, weights too.
+    """
 
     ctx: Context
     hub_home: str | None
@@ -85,7 +90,7 @@ class Fetcher:
             return {"source": address, "files": 1, "sha256": digest or _sha256(path)}
         if Path(given).exists():
             for path in sources.files(Path(given)):
-                _place(path, target / Path(given).name / (path.relative_to(given) if Path(given).is_dir() else ""))
+                self._take(path, target / Path(given).name / (path.relative_to(given) if Path(given).is_dir() else ""))
             return {"source": given}
         repo = hub.Repo.of(given, "dataset")
         token = hub.token(self.hub_home)
@@ -179,7 +184,7 @@ class Fetcher:
         models.inspect(str(folder))
         for path in sorted(folder.iterdir()):
             if path.is_file() and any(path.match(pattern) for pattern in MODEL_FILES):
-                _place(path.resolve(), part / path.name)
+                self._take(path, part / path.name)
         return {}
 
     def _meta(self, folder: Path, part: Path) -> None:
@@ -193,7 +198,21 @@ class Fetcher:
         weights.converted(pickles, part, self.ctx.progress)
         for path in sorted(folder.iterdir()):
             if any(path.match(p) for p in MODEL_FILES) and not path.name.endswith((".index.json", ".safetensors")):
-                _place(path.resolve(), part / path.name)
+                self._take(path, part / path.name)
+
+    def _take(self, source: Path, target: Path) -> None:
+        """A file of our own, linked, or a copy of the user's."""
+        source = source.resolve()
+        if any(source.is_relative_to(ours.resolve()) for ours in (self.ctx.cache, self.ctx.folder)):
+            _place(source, target)
+            return
+        tell = transfer.Rate(source.stat().st_size, self.ctx.progress, f"copy of {source.name}").of(source.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as given, open(target, "xb") as copy:
+            while _copy_some(given.fileno(), copy.fileno()):
+                tell(os.lseek(given.fileno(), 0, os.SEEK_CUR))
+                if self.ctx.stopping():
+                    raise StoppedError
 
     def _repo(self, found: hub.Listing, token: str | None, target: Path) -> None:
         """All files of the listing in `target`, each checked; several at once."""
@@ -314,6 +333,18 @@ def _place(source: Path, target: Path) -> None:
         part = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copyfile(source, part)
         os.replace(part, target)
+
+
+def _copy_some(source: int, target: int) -> int:
+    """Some bytes from where both stand; how many, 0 at the end. Where it can, the file system shares their blocks."""
+    with suppress(OSError):  # an old kernel, two file systems; what else is wrong is met below
+        if copied := os.copy_file_range(source, target, _PIECE):
+            return copied
+    chunk = os.read(source, _PIECE)
+    left = memoryview(chunk)
+    while left:
+        left = left[os.write(target, left) :]
+    return len(chunk)
 
 
 def _room(store: Path, wanted: int) -> None:

@@ -28,6 +28,7 @@ SERVING = frozenset({"ready", "ending"})
 NOT_SUBMITTED = "NOT_SUBMITTED"
 LOST = "LOST"
 """Ended, and neither the run's files nor Slurm know how."""
+_GONE = "its result is gone: hpc submit makes it again where it is needed"
 UNKNOWN = "UNKNOWN"
 """Slurm cannot be asked at this moment."""
 
@@ -163,9 +164,10 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
         return _base(submitted, state=NOT_SUBMITTED, reason="submit again to complete the run")
     if "reused" in job:
         source = RunDir(submitted.run.path.parent / job["reused"]).stage(submitted.stage_dir.name)
-        if not source.done(submitted.key):
+        if not source.made(submitted.key):
             return _base(submitted, state=NOT_SUBMITTED, reason=f"its result in {job['reused']} is gone: submit again")
-        return _base(submitted, state="COMPLETED", reused=job["reused"], reason=f"taken from {job['reused']}")
+        reason = _GONE if source.emptied(submitted.key) else f"taken from {job['reused']}"
+        return _base(submitted, state="COMPLETED", reused=job["reused"], reason=reason)
     attempt = submitted.stage_dir.attempt(job["attempt"])
     if job["status"] == "submitting" and _at_work(job.get("submitter")):
         return _base(submitted, state="PENDING", reason="being submitted")
@@ -257,6 +259,8 @@ def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | No
         resumable = state in _RESUMABLE
     elif state == "COMPLETED" and not os.path.exists(submitted.stage_dir.manifest):
         state, reason, hint = "FAILED", "its manifest.json is gone", "submit again"
+    elif state == "COMPLETED" and submitted.stage_dir.emptied(submitted.key):
+        reason = _GONE
     return _base(
         submitted,
         state=state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -121,15 +122,11 @@ def prepare(plan: Plan, settings: Settings, target: str, scheduler: Scheduler, *
             )
     str(run.path).encode()  # UnicodeEncodeError, which is told of, where no file of the run could name it
     standing = _standing(run, plan, everything, scheduler) if found else {}
-    reused = {
-        name: folder
-        for name, folder in _done_elsewhere(plan, run, everything).items()
-        if name not in standing or standing[name].state != "COMPLETED"
-    }
-    finished = {
-        **reused,
-        **{n: _result_of(run.stage(n), runs) for n, s in standing.items() if s.state == "COMPLETED"},
-    }
+    own = {n: _result_of(run.stage(n)) for n, s in standing.items() if s.state == "COMPLETED"}
+    finished = _finished(plan, run, own, everything)
+    reused = {name: folder for name, folder in finished.items() if folder != own.get(name)}
+    for name in own.keys() - finished.keys():  # it is not there any more, and needed
+        standing[name] = dataclasses.replace(standing[name], state=NOT_SUBMITTED)
     uses_images = any(p.environment.kind == "sif" for p in plan.stages)
     ground = Ground(
         run=run,
@@ -220,12 +217,7 @@ def _same(plan: Plan, everything: Sequence[tuple[RunDir, Mapping[str, Any]]], co
 
 
 def _all_done(run: RunDir, plan: Plan) -> bool:
-    return all(run.stage(n).done(k) or _reuses(run.stage(n), k) for n, k in plan.keys.items())
-
-
-def _reuses(folder: StageDir, key: str) -> bool:
-    job = rundir.read_json(folder.job) or {}
-    return "reused" in job and job.get("key") == key
+    return _finished(plan, run, {n: _result_of(run.stage(n)) for n in plan.keys}, []).keys() == plan.keys.keys()
 
 
 def _standing(
@@ -244,28 +236,31 @@ def _standing(
     return {n: s for n, s in found.items() if n in plan.keys and (s.state != NOT_SUBMITTED or s.attempt)}
 
 
-def _done_elsewhere(
-    plan: Plan, run: RunDir, everything: Sequence[tuple[RunDir, Mapping[str, Any]]]
+def _finished(
+    plan: Plan, run: RunDir, own: Mapping[str, StageDir], everything: Sequence[tuple[RunDir, Mapping[str, Any]]]
 ) -> dict[str, StageDir]:
-    """Stage -> the folder in another run that has its result. What only later stages needed is taken too."""
+    """Stage -> the folder, its own or another run's, that has its result; or had it, where nothing needs it any more.
+
+    Of a service nothing is kept. What only later stages needed may have been removed to save space.
+    """
     found: dict[str, StageDir] = {}
-    results = {p.name for p in plan.stages if not p.stage.service}
-    for other, asked in everything:
-        for name, key in plan.keys.items():
-            folder = other.stage(name)
-            if name in results and name not in found and other != run and folder.done(key) and _asks(asked, name, key):
-                found[name] = folder
+    for planned in reversed([p for p in plan.stages if not p.stage.service]):
+        name, key = planned.name, planned.key
+        others = (other.stage(name) for other, asked in everything if other != run and asked["keys"].get(name) == key)
+        places = [*([own[name]] if name in own else ()), *others]
+        folder = next((f for f in places if f.done(key)), None)
+        later = [p.name in found for p in plan.stages if name in p.needs]
+        if folder is None and later and all(later):
+            folder = next((f for f in places if f.made(key)), None)
+        if folder is not None:
+            found[name] = folder
     return found
 
 
-def _asks(asked: Mapping[str, Any], name: str, key: str) -> bool:
-    return bool(asked["keys"].get(name) == key)
-
-
-def _result_of(folder: StageDir, runs: RunsDir) -> StageDir:
+def _result_of(folder: StageDir) -> StageDir:
     """The folder that holds a completed stage's result: its own, or the one that it was taken from."""
     job = rundir.read_json(folder.job) or {}
-    return RunDir(runs.path / job["reused"]).stage(folder.name) if "reused" in job else folder
+    return RunDir(folder.path.parents[1] / job["reused"]).stage(folder.name) if "reused" in job else folder
 
 
 def _write_run(work: Submission, settings: Settings) -> None:
@@ -312,6 +307,7 @@ def _write_run(work: Submission, settings: Settings) -> None:
             if not path.exists():
                 path.mkdir(mode=0o700, parents=True)
         placed.stage_dir.path.mkdir(exist_ok=True)
+        placed.stage_dir.manifest.unlink(missing_ok=True)  # of a result that is gone: what waits for it looks for this
         rundir.write_json(placed.stage_dir.config, placed.document)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from hpc.core import endpoint, rundir
 from hpc.core.errors import HpcError
-from hpc.node import again, memory, outcome, peers, private, succession
+from hpc.node import again, memory, outcome, peers, private, succession, unchanged
 from hpc.node.deaf import deaf_thread
 from hpc.node.inplace import InPlace, check
 from hpc.node.launch import Launch, process_env, without_secrets
@@ -168,6 +168,9 @@ def _run(job: Job, attempt: rundir.AttemptDir, watch: _Watch) -> outcome.Outcome
     if job.image is not None:
         why = "the image's file was touched since it was planned with"
         check(job.image, lambda: rundir.append_event(attempt.events, "checking", message=why))
+    unchanged.check(
+        rundir.StageDir(Path(job.stage_dir)), lambda text: rundir.append_event(attempt.events, "checking", message=text)
+    )
     if job.staging is None:
         return _run_container(job, attempt, watch)
 

@@ -148,3 +148,16 @@ def test_cache_that_is_broken_is_made_anew(tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(LARGE)
     assert Digests(tmp_path / "digests.json").of(file) == sha256(file)
+
+
+def test_two_that_learn_at_once_both_keep_it(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in "fg"]
+    both = Digests(store), Digests(store)
+    for file, digests in zip(files, both, strict=True):
+        file.write_bytes(LARGE)
+        digests.of(file)
+    for digests in both:
+        digests.save()
+    read = counted(monkeypatch)
+    assert [Digests(store).of(file) for file in files] == [hashlib.sha256(LARGE).hexdigest()] * 2
+    assert read == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +60,15 @@ def test_input_given_in_the_settings_needs_no_producer() -> None:
     (source,) = made.stages[0].sources
     assert (source.stage, source.value) == (None, "/project/mine")
     assert made.stages[0].reads == ("/project/mine",)
+
+
+def test_what_counts_by_its_content_is_written_down_with_it() -> None:
+    stage = make("finetune", consumes={"dataset": "dataset", "model": "hf_model"})
+    files = {"mine": "y", "a": "x", "b": "x"}
+    (one,) = planned([wish(stage, dataset="mine", model="org/one", data=("a", "b"))], ["finetune"], files=files).stages
+    x, y = (hashlib.sha256(text).hexdigest() for text in (b"x", b"y"))
+    document = one.document(inputs={}, out=Path("/out"), cache=Path("/cache"))
+    assert document["reads"] == {"/project/mine": y, "/project/a": x, "/project/b": x}, "a hub name is no content"
 
 
 def test_stage_waits_for_its_producer() -> None:
@@ -337,7 +348,7 @@ def test_an_endpoint_counts_by_what_is_served_and_not_by_where() -> None:
     runs = {"runs/a/serve": "x", "runs/b/serve": "y", "runs/c/serve": "z"}
     documents = {f"runs/{run}/serve": {"key": key} for run, key in (("a", "7"), ("b", "7"), ("c", "8"))}
     one, same, other = (asked(path, files=runs, models=documents) for path in runs)
-    assert one.stages[0].reads == ("/project/runs/a/serve",)
+    assert (one.stages[0].reads, one.stages[0].digests) == (("/project/runs/a/serve",), {})
     assert one.keys == same.keys
     assert one.keys != other.keys
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hpc.core.rundir import (
     AttemptDir,
     RunDir,
     RunsDir,
+    StageDir,
     append_event,
     last_events,
     read_json,
@@ -190,3 +192,29 @@ def test_tail_reads_only_the_end(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"first\n" * 10000 + b"\xff last\n")
     assert tail(tmp_path / "log", size=10)[-1] == "� last"
     assert tail(tmp_path / "none") == []
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> StageDir:
+    """A stage of two outputs that is done."""
+    stage = RunDir(tmp_path / "out" / "first-1").stage("first")  # a project in a folder `out`
+    outputs = {name: {"path": f"/where/it/was/first-1/first/out/{name}"} for name in ("model", "sub/data")}
+    for name in outputs:
+        (stage.out / name).mkdir(parents=True)
+    write_json(stage.manifest, {"key": "k", "outputs": outputs})
+    return stage
+
+
+def test_done_is_what_was_made_and_has_its_outputs(made: StageDir) -> None:
+    assert (made.made("k"), made.done("k"), made.emptied("k")) == (True, True, False)
+    assert (made.made("other"), made.done("other")) == (False, False)
+    (made.out / "sub" / "data").rmdir()
+    assert (made.made("k"), made.done("k"), made.emptied("k")) == (True, False, False)
+    shutil.rmtree(made.out)
+    assert (made.made("k"), made.done("k"), made.emptied("k")) == (True, False, True)
+
+
+def test_what_has_no_outputs_is_done(made: StageDir) -> None:
+    shutil.rmtree(made.out)
+    write_json(made.manifest, {"key": "k"})
+    assert (made.done("k"), made.emptied("k")) == (True, False)

@@ -519,3 +519,63 @@ def test_a_pipeline_with_nothing_to_do_says_so_and_makes_no_run(local: Local) ->
     assert "build: nothing to do, llmapi serves the model as it is" in done.stderr
     assert json.loads(local.hpc("submit", "pipeline", "--json").stdout)["stages"] == []
     assert not list(local.folder.glob("runs/*/run.json"))
+
+
+# ---- what is read and what is kept
+
+
+def test_input_that_changed_while_its_stage_waited_is_6_and_counts_as_itself_once_submitted_again(
+    local: Local,
+) -> None:
+    given, folder = local.folder / "given.jsonl", local.folder / "folder"
+    (folder / "sub").mkdir(parents=True)
+    given.write_text("planned with\n")
+    (folder / "sub" / "large").write_bytes(bytes(1 << 17))
+    asked = ("pipeline", "--set", "first.seconds=2", "--set", "third.files=['given.jsonl', 'folder']")
+    local.hpc("submit", *asked)
+    local.running()
+    given.write_text("another\n")
+    (folder / "renewed").write_bytes(bytes(1 << 17))
+    os.replace(folder / "renewed", folder / "sub" / "large")  # the same content: it passes
+    until(lambda: local.states("pipeline-1")["third"] == "FAILED", "its end")
+    row = local.json("status", "pipeline-1")["stages"][2]
+    assert (row["exit_code"], row["reason"]) == (6, f"{given} has changed since third was submitted")
+    assert row["hint"].startswith("submit again: what it holds now gets a result of its own")
+    assert not (local.folder / "runs/pipeline-1/third/manifest.json").exists()
+    found = local.json("plan", *asked)
+    actions = [s["action"] for s in found["stages"]]
+    assert (found["run"], actions) == ("pipeline-2", ["done in pipeline-1", "done in pipeline-1", "submit"])
+    local.hpc("submit", *asked, "--wait")
+    given.write_text("planned with\n")
+    local.hpc("submit", *asked, "--wait")
+    assert local.states("pipeline-1")["third"] == "COMPLETED", "with the former content the first run goes on"
+    keys = [local.read(f"pipeline-{number}/third/manifest.json")["key"] for number in (1, 2)]
+    assert keys[0] != keys[1]
+
+
+def test_result_that_was_removed_is_made_again_where_it_is_needed(local: Local) -> None:
+    local.hpc("submit", "pipeline", "--wait")
+    runs = local.folder / "runs"
+    shutil.rmtree(runs / "pipeline-1/second/out")
+    assert [s["reason"].partition(":")[0] for s in local.json("status")["stages"]] == ["", "its result is gone", ""]
+    assert [s["action"] for s in local.json("plan")["stages"]] == ["done"] * 3, "nothing needs it"
+    other = ("pipeline", "--set", "third.message=other")
+    actions = [s["action"] for s in local.json("plan", *other)["stages"]]
+    assert actions == ["done in pipeline-1", "submit", "submit"]
+    local.hpc("submit", "second", "--wait")
+    assert local.states("pipeline-1") == dict.fromkeys(CHAIN, "COMPLETED")
+    assert (runs / "pipeline-1/second/attempt-2").exists()
+    assert (runs / "pipeline-1/second/out/result.json").exists()
+    local.hpc("submit", *other, "--wait")
+    assert local.read("pipeline-2/second/job.json")["reused"] == "pipeline-1"
+    (runs / "pipeline-1/third/out/result.json").unlink()  # of several outputs it may be one
+    local.hpc("submit", "pipeline", "--wait")
+    assert (runs / "pipeline-1/third/out/result.json").exists()
+
+
+def test_results_of_a_project_that_moved_are_there(local: Local) -> None:
+    local.hpc("submit", "first", "--wait")
+    shutil.copytree(local.folder / "runs", local.folder / "elsewhere", symlinks=True)
+    shutil.rmtree(local.folder / "runs")
+    found = json.loads(local.hpc("plan", "first", "--json", env={"HPC_RUNS": "elsewhere"}).stdout)
+    assert [s["action"] for s in found["stages"]] == ["done"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -536,3 +537,61 @@ def test_an_archive_and_a_path_give_a_model_and_a_cut_off_one_is_refused(
     hub.files["x.gguf"] = b"GGUF nothing"
     assert "cannot read" in run_stage("fetch", folder="gguf", model=f"{hub.url}/x.gguf").error["cause"]
     assert run_stage("fetch", folder="zip", model=f"{hub.url}/x.zip").code == 2
+
+
+@pytest.mark.train
+def test_a_folder_of_the_users_may_be_written_to_afterwards(
+    tiny_model: Path, run_stage: RunStage, tmp_path: Path, pickled: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "mine"
+    shutil.copytree(tiny_model, model)
+    made = run_stage("fetch", model=str(model))
+    converted = run_stage("fetch", folder="converted", model=str(pickled), pickles=("pytorch_model.bin",))
+    assert (made.code, converted.code) == (0, 0), (made.error, converted.error)
+    changed = {name: tensor + 1 for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    for folder in (model, pickled):
+        (folder / "config.json").write_text("{}")
+    assert same_weights(made.out("model"), tiny_model)
+    for result in (made, converted):
+        assert (result.out("model") / "config.json").read_bytes() == (tiny_model / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("fails", [0, errno.EXDEV, errno.ENOSYS], ids=["shared", "other disk", "old kernel"])
+def test_data_of_the_users_is_copied_whole_and_in_pieces(
+    run_stage: RunStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    from hpc.inside import fetching, models
+
+    def failing(*words: object) -> int:
+        raise OSError(fails, os.strerror(fails))
+
+    monkeypatch.setattr(models, "settle", lambda: None)  # else the other tests get its environment
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
+    if fails:
+        monkeypatch.setattr(os, "copy_file_range", failing)
+    given = tmp_path / "data" / "faq.jsonl"
+    given.parent.mkdir()
+    given.write_bytes(text := os.urandom(4500))
+    (tmp_path / "data" / "empty.jsonl").touch()
+    result = run_stage("fetch", datasets=(str(given), f"{given.parent}"))
+    assert result.code == 0, result.error
+    with open(given, "r+b") as file:
+        file.write(b"changed in place")
+    for name in ("faq.jsonl", "data/faq.jsonl"):
+        assert (result.out("data") / name).read_bytes() == text
+    assert (result.out("data") / "data" / "empty.jsonl").read_bytes() == b""
+
+
+def test_a_copy_that_is_asked_to_stop_leaves_nothing(
+    run_stage: RunStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.inside import models, runner
+
+    monkeypatch.setattr(models, "settle", lambda: None)
+    monkeypatch.setattr(runner.RunContext, "stopping", lambda self: True)
+    (tmp_path / "faq.jsonl").write_text("{}\n")
+    result = run_stage("fetch", datasets=(str(tmp_path / "faq.jsonl"),))
+    assert (result.code, list((result.folder / "out").iterdir())) == (85, [])

@@ -31,6 +31,7 @@ class Config:
     write_mb: int = 0
     env: str = ""
     checkpoint: bool = False
+    files: tuple[str, ...] = ()
 
 
 def run(config: Config, ctx: Context) -> None:
@@ -66,6 +67,7 @@ STAGE = Stage(
     outputs=lambda config: {{"{produces}": Artifact(kind="{produces}", path="result.json")}},
     resources=lambda config: Resources(cpus_per_task=1, mem_gb=1, time_min=5),
     run=run,
+    files=lambda config: config.files,
 )
 '''
 
