@@ -32,7 +32,7 @@ batch_size = 2
 max_length = 64
 save_steps = 10
 gradient_checkpointing = false
-resources = { nodes = 2, gpus_per_node = 0, cpus_per_task = 1, mem_gb = 4, time_min = 10 }
+resources = { nodes = 2, gpus_per_node = 0, cpus_per_task = 1, mem_gb = 4, time_min = 30 }
 """
 
 

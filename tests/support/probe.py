@@ -29,6 +29,7 @@ class Config:
     write_mb: int = 0
     env: str = ""
     checkpoint: bool = False
+    gate: bool = False  # it goes on as soon as the file `go` is in the stage's folder
 
 
 def run(config: Config, ctx: Context) -> None:
@@ -38,6 +39,9 @@ def run(config: Config, ctx: Context) -> None:
     hoard = []
     while config.memory_mb and len(hoard) < config.memory_mb:
         hoard.append(bytearray(os.urandom(1 << 10) * 1024))
+    while config.gate and not (ctx.folder / "go").exists():
+        ctx.progress(1, 2, "waiting")
+        time.sleep(0.05)
     while time.monotonic() < end:
         ctx.progress(config.seconds - (end - time.monotonic()), config.seconds, "sleeping")
         if config.checkpoint and ctx.stopping():

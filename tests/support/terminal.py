@@ -9,6 +9,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 CONTROLLING = "import os,sys,fcntl,termios; fcntl.ioctl(0,termios.TIOCSCTTY,0); os.execvp(sys.argv[1],sys.argv[1:])"
@@ -25,7 +26,7 @@ class Terminal:
         self.text = ""
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a read may end inside a character
 
-    def until(self, word: str, timeout: float = 30) -> str:
+    def until(self, word: str, timeout: float = 60) -> str:
         """All that was shown until the word came; it is not looked at again."""
         deadline = time.monotonic() + timeout
         while word not in self.text:
@@ -40,7 +41,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
-    def end(self, timeout: float = 30) -> int:
+    def end(self, timeout: float = 60) -> int:
         """The exit code, once it has ended."""
         deadline = time.monotonic() + timeout
         while self.process.poll() is None:
@@ -49,12 +50,18 @@ class Terminal:
                 self._read()
             except OSError:
                 time.sleep(0.1)
+        with suppress(OSError):  # its last words may have come while nobody looked
+            while self._read(0):
+                pass
         code: int = self.process.returncode
         return code
 
     def hang_up(self) -> None:
         os.close(self._own)
 
-    def _read(self) -> None:
-        if select.select([self._own], [], [], 0.2)[0]:
-            self.text += self._decode(os.read(self._own, 4096))
+    def _read(self, wait_s: float = 0.2) -> bool:
+        """True where something had come."""
+        if not select.select([self._own], [], [], wait_s)[0]:
+            return False
+        self.text += self._decode(os.read(self._own, 4096))
+        return True
