@@ -225,13 +225,13 @@ def test_a_job_that_saved_at_the_time_limit_is_queued_again_by_itself(listener: 
 
 def on_dgx04(listener: Listener) -> None:
     site = listener.project.folder / "sites" / "slurm-test.toml"
-    site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx04"\n')
+    site.write_text(site.read_text() + '[sbatch]\nnodelist = "dgx04"\ngres = "gpu:a100:8"\n')
 
 
 def test_preemption_is_heard(listener: Listener) -> None:
     """For the GPUs of a node: whatever else runs on it, for a test beside this one, is in nobody's way."""
     on_dgx04(listener)
-    stage = start(listener, "--partition", "scavenge", "--set", "listener.resources.gpus_per_node=8")
+    stage = start(listener, "--partition", "scavenge")
     running = stage.listening()
     cluster = listener.project.cluster
     other = cluster.run(
