@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import probe
+
 from .project import Project, jobs
 from .test_states import ended, submit
 
@@ -184,13 +186,13 @@ def test_a_lost_answer_of_sbatch_makes_no_second_job(project: Project) -> None:
     assert project.until(ended("first"))["first"]["state"] == "COMPLETED"
 
 
-def go(row: dict[str, Any]) -> None:
-    """Let a stage with a gate go on."""
-    (Path(row["folder"]) / "go").touch()
+def enough(row: dict[str, Any]) -> None:
+    """The stage that sleeps is to come to its end."""
+    (Path(row["folder"]) / "checkpoints" / probe.ENOUGH).touch()
 
 
 def test_ctrl_c_while_waiting_leaves_the_job(project: Project) -> None:
-    waiting = project.popen("submit", "first", "--set", "first.gate=true", "--wait")
+    waiting = project.popen("submit", "first", "--set", "first.seconds=200", "--wait")
     assert waiting.stderr is not None
     while "first RUNNING" not in (line := waiting.stderr.readline()):  # so it has begun to wait
         assert line, waiting.communicate()
@@ -198,9 +200,9 @@ def test_ctrl_c_while_waiting_leaves_the_job(project: Project) -> None:
     _, said = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
     assert "goes on" in said
-    row = project.states()["first"]
+    row = project.until(lambda f: bool(f["first"]["done"]))["first"]
     assert row["state"] == "RUNNING"
-    go(row)
+    enough(row)
     assert project.until(ended("first"))["first"]["state"] == "COMPLETED"
 
 
@@ -214,10 +216,10 @@ def test_each_attempt_has_its_own_folder_so_no_stale_result_is_read(project: Pro
 
 
 def test_a_requeued_job_goes_on_and_keeps_its_earlier_end(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.gate=true")
+    run = submit(project, "first", "--set", "first.seconds=200")
     row = project.until(lambda f: f["first"]["state"] == "RUNNING" and f["first"]["done"], run)["first"]
     project.cluster.run("alice", "scontrol", "requeue", row["job_id"])
-    go(row)
+    enough(row)
     assert project.until(ended("first"), run, timeout=180)["first"]["state"] == "COMPLETED"
     assert list(Path(row["folder"]).glob("attempt-1/outcome-0.json"))
 

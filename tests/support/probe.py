@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+ENOUGH = "enough"
+"""As soon as there is such a file among its checkpoints it sleeps no more."""
 _TEMPLATE = '''"""A stage for tests."""
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ class Config:
     write_mb: int = 0
     env: str = ""
     checkpoint: bool = False
-    gate: bool = False  # it goes on as soon as the file `go` is in the stage's folder
 
 
 def run(config: Config, ctx: Context) -> None:
@@ -39,10 +40,7 @@ def run(config: Config, ctx: Context) -> None:
     hoard = []
     while config.memory_mb and len(hoard) < config.memory_mb:
         hoard.append(bytearray(os.urandom(1 << 10) * 1024))
-    while config.gate and not (ctx.folder / "go").exists():
-        ctx.progress(1, 2, "waiting")
-        time.sleep(0.05)
-    while time.monotonic() < end:
+    while time.monotonic() < end and not (ctx.checkpoints / "{ENOUGH}").exists():
         ctx.progress(config.seconds - (end - time.monotonic()), config.seconds, "sleeping")
         if config.checkpoint and ctx.stopping():
             (ctx.checkpoints / "saved").write_text("half\\n")
@@ -79,6 +77,7 @@ def write(folder: Path, name: str, *, consumes: str | None, produces: str) -> No
         fields=f"{consumes}: str | None = None" if consumes else "",
         consumes=f'{{"{consumes}": Input(kind="{consumes}")}}' if consumes else "{}",
         produces=produces,
+        ENOUGH=ENOUGH,
     )
     (folder / f"{name}.py").write_text(text)
 

@@ -9,7 +9,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 CONTROLLING = "import os,sys,fcntl,termios; fcntl.ioctl(0,termios.TIOCSCTTY,0); os.execvp(sys.argv[1],sys.argv[1:])"
@@ -38,6 +38,13 @@ class Terminal:
         shown, _, self.text = self.text.partition(word)
         return shown
 
+    def wait(self, timeout: float = 60) -> None:
+        """Until it sleeps: after a prompt that was shown, until it reads what is typed."""
+        deadline = time.monotonic() + timeout
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            assert time.monotonic() < deadline, f"never at rest: {self.text}"
+            time.sleep(0.01)
+
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
@@ -50,9 +57,11 @@ class Terminal:
                 self._read()
             except OSError:
                 time.sleep(0.1)
-        with suppress(OSError):  # its last words may have come while nobody looked
+        try:  # its last words may have come while nobody looked
             while self._read(0):
                 pass
+        except OSError:
+            pass
         code: int = self.process.returncode
         return code
 
