@@ -61,8 +61,9 @@ ssh_up() {  # the users' side: 'ssh login' from the laptop, where /etc/hosts' ad
     [ -s "$CL/ssh/host_ed25519" ] || ssh-keygen -q -t ed25519 -N '' -C cluster -f "$CL/ssh/host_ed25519"
     for user in alice bob; do
         home=$(getent passwd "$user" | cut -d: -f6)
-        printf 'Host login\n HostName %s.1.2\n HostKeyAlias login\n' "$NET" >"$home/.ssh/config"
-        for node in login $(node_names); do echo "$node $(cut -d' ' -f1,2 "$CL/ssh/host_ed25519.pub")"; done >"$home/.ssh/known_hosts"
+        printf 'Host login\n HostName %s.1.2\n HostKeyAlias login\n' "$NET" | become "$home/.ssh/config"
+        for node in login $(node_names); do echo "$node $(cut -d' ' -f1,2 "$CL/ssh/host_ed25519.pub")"; done |
+            become "$home/.ssh/known_hosts"
         chown "$user:" "$home"/.ssh/{config,known_hosts}
     done
 }

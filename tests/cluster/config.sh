@@ -122,13 +122,18 @@ StorageLoc=slurm_acct_db
 E1
 }
 
-config_up() {
+become() {  # FILE   its new text comes by stdin; whoever reads it meanwhile sees the old one or the new one
+    cat >"$1.part"
+    if cmp -s "$1.part" "$1"; then rm "$1.part"; else mv "$1.part" "$1"; fi
+}
+
+config_up() {  # also while others are at work: an 'up' of what is up changes nothing
     mkdir -p "$ETC"
-    slurm_conf >"$ETC/slurm.conf"
-    gpus >"$ETC/gres.conf"
-    cgroup_conf >"$ETC/cgroup.conf"
-    install -m 600 -o slurm -g slurm /dev/null "$ETC/slurmdbd.conf"
-    slurmdbd_conf >"$ETC/slurmdbd.conf"
+    slurm_conf | become "$ETC/slurm.conf"
+    gpus | become "$ETC/gres.conf"
+    cgroup_conf | become "$ETC/cgroup.conf"
+    install -m 600 -o slurm -g slurm /dev/null "$ETC/slurmdbd.conf.part"
+    slurmdbd_conf | become "$ETC/slurmdbd.conf"
 }
 
 config_down() {  # not just removed: with no slurm.conf at all a stray squeue asks DNS, and with the old one it would

@@ -15,7 +15,7 @@ die() { echo "images: $*" >&2; exit 1; }
 {
     "$here/users.sh"
     "$here/install-apptainer.sh"
-    command -v debootstrap >/dev/null || apt-get -qqy install --no-install-recommends debootstrap
+    command -v debootstrap >/dev/null || apt-get -qqy -o DPkg::Lock::Timeout=600 install --no-install-recommends debootstrap
     install -d -m 755 -o alice -g alice "$dest"
     if [ -z "$venv" ]; then
         venv=$dest/hpc

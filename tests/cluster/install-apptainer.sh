@@ -29,7 +29,11 @@ finish() {  # every run: a reboot undoes the first of these
             SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE
             MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE"
         for n in $names; do [ $(( have >> i & 1 )) = 0 ] || list="$list${list:+,}\"CAP_$n\""; i=$((i + 1)); done
-        echo "{\"users\":{\"root\":[$list]}}" >/etc/apptainer/capability.json
+        # only where it is not so already: containers that start at this moment read both
+        list="{\"users\":{\"root\":[$list]}}"
+        if [ "$(cat /etc/apptainer/capability.json 2>/dev/null)" = "$list" ] &&
+            grep -qx 'root default capabilities = file' /etc/apptainer/apptainer.conf; then return; fi
+        echo "$list" >/etc/apptainer/capability.json
         apptainer config global --set "root default capabilities" file
         say "root here lacks a capability: root's containers get the rest (root default capabilities = file)"
     fi

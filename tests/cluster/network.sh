@@ -29,7 +29,10 @@ namespace() {
 }
 
 hosts_without_ours() { grep -v "$MARK\$" /etc/hosts || true; }
-write_hosts() { local text; text=$(cat); echo "$text" >/etc/hosts; }   # in place: it may be a bind mount
+write_hosts() {  # in place: it may be a bind mount; and only what is new, since others read it
+    local text; text=$(cat)
+    [ "$text" = "$(cat /etc/hosts)" ] || echo "$text" >/etc/hosts
+}
 
 network_up() {
     local node address

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,13 @@ class Cluster:
             start_new_session=True,
             **options,
         )
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """What is made once for all tests is made by one of those that run side by side; the others find it."""
+        with open(self.dir / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _script(self, script: str, *args: str) -> str:
         argv = (str(SCRIPTS / script), *args)

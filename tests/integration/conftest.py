@@ -147,24 +147,26 @@ def project(cluster: Cluster, workdir: Path, hpc_install: Path, base_sif: Path, 
 def browser(cluster: Cluster) -> Path:
     """A python with selenium, for tests/support/browser.py; Chromium and its driver are installed."""
     packages = ("chromium", "chromium-driver")
-    known = subprocess.run(["dpkg-query", "-W", *packages], check=False, capture_output=True)
-    if known.returncode:
-        apt = ["apt-get", "-qqy", "install", "--no-install-recommends", *packages]
-        done = subprocess.run(apt, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
     venv = cluster.dir / "browser-venv"
-    if not (venv / "bin" / "selenium-is-there").exists():
-        for argv in (["/usr/bin/python3", "-m", "venv", venv], [venv / "bin" / "pip", "-q", "install", SELENIUM]):
-            done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+    with cluster.alone("browser"):
+        known = subprocess.run(["dpkg-query", "-W", *packages], check=False, capture_output=True)
+        if known.returncode:
+            apt = ["apt-get", "-qqy", "-o", "DPkg::Lock::Timeout=600", "install", "--no-install-recommends", *packages]
+            done = subprocess.run(apt, check=False, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
-        (venv / "bin" / "selenium-is-there").touch()
+        if not (venv / "bin" / "selenium-is-there").exists():
+            for argv in (["/usr/bin/python3", "-m", "venv", venv], [venv / "bin" / "pip", "-q", "install", SELENIUM]):
+                done = subprocess.run(argv, check=False, capture_output=True, text=True, umask=0o022)
+                assert done.returncode == 0, done.stdout + done.stderr
+            (venv / "bin" / "selenium-is-there").touch()
     return venv / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
-def demo_files() -> Path:
+def demo_files(cluster: Cluster) -> Path:
     """The demo's folder with its model and data, fetched where they are missing."""
     demo = CHECKOUT / "demo"
-    done = subprocess.run([sys.executable, demo / "fetch.py"], check=False, capture_output=True, text=True)
+    with cluster.alone("demo"):
+        done = subprocess.run([sys.executable, demo / "fetch.py"], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return demo

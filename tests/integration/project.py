@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ class Project:
         return {row["stage"]: row for row in rows}
 
     def until(
-        self, wanted: Callable[[dict[str, dict[str, Any]]], bool], run: str = "", timeout: float = 60
+        self, wanted: Callable[[dict[str, dict[str, Any]]], bool], run: str = "", timeout: float = 120
     ) -> dict[str, dict[str, Any]]:
         """Ask for the states until they are as wanted; AssertionError with the last ones where they never are."""
         deadline = time.monotonic() + timeout
@@ -75,6 +77,17 @@ class Project:
                 return found
             assert time.monotonic() < deadline, found
             time.sleep(0.3)
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """The files below it that have this text, but for the one that is to have it; some come and go meanwhile."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names if name != "token"):
+            with suppress(OSError):
+                if path.is_file() and text.encode() in path.read_bytes():
+                    found.append(path)
+    return found
 
 
 def jobs(project: Project, form: str = "%k") -> list[str]:

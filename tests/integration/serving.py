@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -96,8 +95,7 @@ GRPCING = (Path(__file__).parents[1] / "support" / "grpcing.py").read_text()
 def make_model(cluster: Cluster, image: Path, folder: Path) -> Path:
     """folder/hf, and its adapters beside it, made as alice in the image: once for all files of tests."""
     kept = cluster.dir / f"made-{hashlib.sha256(MODEL.encode()).hexdigest()[:12]}"
-    with open(cluster.dir / "made.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with cluster.alone("made"):
         if not kept.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "model.py").write_text(MODEL)
@@ -137,6 +135,12 @@ class Served:
     @property
     def url(self) -> str:
         return f"http://{self.node}:{self.port}"
+
+    def engine(self) -> list[int]:
+        """The processes in which the engine computes."""
+        ps = ("ps", "-u", "alice", "-o", "pid=,args=", "-ww")
+        rows = self.project.cluster.run("alice", *ps).stdout.splitlines()
+        return [int(row.split()[0]) for row in rows if f"{self.folder}/repository/tensorrt_llm/1/model.py" in row]
 
     def ask(
         self, path: str, words: Mapping[str, Any] | None = None, *, user: str = "alice", token: str | None = None,

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.slowed import slowed
 from tests.support.terminal import CONTROLLING, Terminal
 
 from .cluster import Cluster
@@ -60,7 +61,7 @@ def two(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, base_sif: Path
         f'[pipeline]\nstages = ["build", "serve"]\n'
         f'[build]\nengine = "onnxruntime_genai"\nmodel = "{hf}"\n'
         "[build.resources]\ncpus_per_task = 1\nmem_gb = 3\ntime_min = 10\n"
-        '[serve]\nname = "tiny"\n[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 15\n'
+        '[serve]\nname = "tiny"\n[serve.resources]\ncpus_per_task = 2\nmem_gb = 3\ntime_min = 120\n'
         '[generate]\nprompts = ["prompts.txt"]\ntemperature = 0.0\neval_share = 0.0\nmax_tokens = 90\n'
         "[generate.resources]\ncpus_per_task = 1\nmem_gb = 1\n",
     )
@@ -162,11 +163,12 @@ def test_another_user_is_refused_and_sees_no_token(two: Two) -> None:
         assert done.returncode == 2, done.stderr
     hpc = str(two.laptop.venv / "bin" / "hpc")
     asked = (hpc, "query", "x", "--raw", "--run", two.fp32.run, "--max-tokens", "1900", "--min-tokens", "1900")
-    running = two.laptop.cluster.popen("alice", *asked, cwd=two.laptop.folder, stdout=subprocess.DEVNULL)
-    while not json.loads(two.fp32.ask("/health")[1])["running"]:
-        assert running.poll() is None
-        time.sleep(0.05)
-    seen = two.laptop.cluster.run("bob", "ps", "-eww", "-o", "args").stdout
+    with slowed(*two.fp32.engine()):  # it is still at it when it is looked at
+        running = two.laptop.cluster.popen("alice", *asked, cwd=two.laptop.folder, stdout=subprocess.DEVNULL)
+        while not json.loads(two.fp32.ask("/health")[1])["running"]:
+            assert running.poll() is None
+            time.sleep(0.05)
+        seen = two.laptop.cluster.run("bob", "ps", "-eww", "-o", "args").stdout
     running.terminate()
     running.wait(20)
     assert "--min-tokens 1900" in seen
@@ -210,11 +212,12 @@ def test_chat_on_a_terminal(two: Two) -> None:
     )
     try:
         shown.until("> ")
-        shown.type(f"{QUESTION}\n")
-        shown.until("안녕하세요 🙂 반갑습니다! ")
-        assert "음…" not in shown.until("끝")  # and then whatever comes: it may not end yet
-        shown.type("\x03")
-        shown.until("(stopped)")
+        with slowed(*two.fp32.engine()):  # it has much to say yet when the key is pressed
+            shown.type(f"{QUESTION}\n")
+            shown.until("안녕하세요 🙂 반갑습니다! ")
+            assert "음…" not in shown.until("끝")  # and then whatever comes: it may not end yet
+            shown.type("\x03")
+            shown.until("(stopped)")
         shown.until("> ")
         shown.type("/think\n")
         shown.until("음…")

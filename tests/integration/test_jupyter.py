@@ -15,7 +15,7 @@ import pytest
 
 from .cluster import Cluster
 from .conftest import CHECKOUT
-from .project import SITE, Project
+from .project import SITE, Project, holding
 from .test_service import http
 from .test_states import ended
 from .test_tunnel import until
@@ -78,8 +78,7 @@ def test_nobody_else_gets_in(jupyter: Project, tunnel: dict[str, Any]) -> None:
     assert runtimes
     for runtime in runtimes:  # sockets of the kernels
         assert cluster.run("bob", "ls", str(runtime), node=node, check=False).returncode != 0
-    files = [p for p in jupyter.folder.rglob("*") if p.is_file() and p.name != "token"]
-    assert not [p for p in files if token.encode() in p.read_bytes()]
+    assert holding(jupyter.folder, token) == []
 
 
 def test_an_open_tab_outlives_a_requeue(jupyter: Project, browser: Path, workdir: Path) -> None:

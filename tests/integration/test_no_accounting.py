@@ -32,7 +32,7 @@ def test_states_are_right_without_accounting(project: Project) -> None:
     toml = project.folder / "sites" / "slurm-test.toml"
     project.write("sites/slurm-test.toml", toml.read_text().replace('account = "research"\n', ""))
     run = submit(project, "pipeline", "--set", "second.exit_code=1")
-    memory = submit(project, "first", "--set", "first.memory_mb=2000")
+    memory = submit(project, "first", "--set", "first.memory_mb=2000", "--set", "first.seconds=60")
     cancelled = submit(project, "first", "--set", "first.seconds=60")
     project.until(lambda f: f["first"]["state"] == "RUNNING", cancelled)
     project.hpc("cancel", cancelled)

@@ -14,7 +14,7 @@ import pytest
 
 from .cluster import Cluster
 from .test_laptop import Laptop, laptop
-from .test_reset import of_job
+from .test_reset import kill_at_once
 from .test_tunnel import until
 from .tunnels import wish
 
@@ -47,9 +47,7 @@ def lose_power(cluster: Cluster, node: str, jobs: list[str]) -> None:
         with suppress(OSError):
             if any(f"slurmstepd: [{job}." in (entry / "cmdline").read_text() for job in jobs):
                 os.kill(int(entry.name), signal.SIGKILL)
-    for pid in (pid for job in jobs for pid in of_job(f"SLURM_JOB_ID={job}\0".encode())):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill_at_once(*(f"SLURM_JOB_ID={job}\0".encode() for job in jobs))
     # as slurmctld does by itself after SlurmdTimeout
     cluster.run("root", "scontrol", "update", f"nodename={node}", "state=down", "reason=power")
 

@@ -28,21 +28,28 @@ def test_running_service_has_ended_when_reset_returns(door: Project) -> None:
 
 
 def of_job(mark: bytes) -> list[int]:
-    """The processes that have the mark in their environment, those that watch over the others first."""
+    """The processes that have the mark in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if mark in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
-    return sorted(found)
+    return found
+
+
+def kill_at_once(*marks: bytes) -> None:
+    """As when the node loses its power: none of them is left to clear up after another."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in (pid for mark in marks for pid in of_job(mark)):
+            with suppress(ProcessLookupError):  # some end with the one that started them
+                os.kill(pid, number)
 
 
 def test_what_a_killed_service_left_goes(door: Project) -> None:
     one = start(door)
     one.ready()
     job = f"SLURM_JOB_ID={one.row()['job_id']}\0".encode()
-    for pid in of_job(job):  # as when the node loses its power: nobody is left to clear up
-        os.kill(pid, signal.SIGKILL)
+    kill_at_once(job)
     assert one.end()["state"] != "COMPLETED"
     left = [one.folder / "endpoint.json", one.folder / "token"]
     assert all(path.exists() for path in left), "else this test proves nothing"

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.support import vendor
 
 from .cluster import Cluster
 from .conftest import CHECKOUT
-from .project import SITE, Project, jobs
+from .project import SITE, Project, holding, jobs
 from .serving import QUESTION, TEXT, Served, events, make_model, said
 from .test_laptop import Laptop
 from .test_states import ended
@@ -65,7 +66,7 @@ def shared(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pat
     """One that several tests ask, and none ends."""
     folder = Path(tempfile.mkdtemp(prefix="tests-", dir="/home/alice"))
     shutil.chown(folder, "alice", "alice")
-    for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
+    for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine, minutes=120):
         one = start(project, "--set", "serve.stream_interval_ms=0")
         yield one
         project.hpc("cancel", one.run)
@@ -81,6 +82,9 @@ def lasting(cluster: Cluster, hpc_install: Path, serve_cpu_sif: Path, engine: Pa
     for project in project_of(Project(cluster, folder, hpc_install), serve_cpu_sif, engine):
         settings = ("serve.successors=1", "serve.handover_min=2", "serve.resources.time_min=3")
         project.hpc("submit", "serve", *(word for setting in settings for word in ("--set", setting)))
+        # the second is still there when it is looked at, however long the tests in between take
+        later = json.loads((project.folder / "runs/serve-1/serve/attempt-2/successor.json").read_text())
+        cluster.run("root", "scontrol", "update", f"jobid={later['job_id']}", "TimeLimit=120")
         yield project
     places = ("squeue", "-h", "-u", "alice", "-o", "%Z")  # those that are ending, too: they write into the folder
     until(lambda: str(folder) not in cluster.run("alice", *places).stdout, "its jobs have ended", 60)
@@ -177,7 +181,7 @@ def regions(one: Served) -> set[str]:
 
 def nothing_left(one: Served, names: set[str]) -> None:
     repository = f"{one.folder}/repository"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (found := listed(one, repository)) and time.monotonic() < deadline:
         time.sleep(0.3)
     assert found == []
@@ -385,7 +389,7 @@ def test_tritons_own_client_over_grpc(shared: Served, serve_cpu_sif: Path) -> No
         words = {name: word for name, word in said(process).items() if name != "seconds"}
         assert words.keys() == {"live", "config", "infer", "stream"}
         assert all("StatusCode.UNAUTHENTICATED" in word and "hpc tunnel" in word for word in words.values()), words
-    assert json.loads(shared.ask("/health")[1])["running"] == 0
+    until(lambda: json.loads(shared.ask("/health")[1])["running"] == 0, "none is left in work", 20)
 
 
 def test_a_client_that_leaves_frees_its_place(serving: Project, serve_cpu_sif: Path) -> None:
@@ -431,14 +435,18 @@ def load(
 def test_none_of_a_thousand_requests_is_lost(shared: Served) -> None:
     def figures() -> dict[str, Any]:
         (row,) = shared.project.json("status", f"{shared.run}/serve")["stages"]
-        found: dict[str, Any] = row["figures"] or {"done": 0, "tokens": 0}
+        found: dict[str, Any] = row["figures"]
         return found
 
-    time.sleep(6)  # what earlier requests did is written by then
+    assert shared.ask("/v2/models/ensemble/generate", {"text_input": "x", "max_tokens": 1})[0] == 200
+    until(lambda: json.loads(shared.ask("/health")[1])["running"] == 0, "it is counted", 20)
+    asked, kept = time.time(), shared.folder / "figures.json"
+    # what is written after it has all that was before it
+    until(lambda: kept.exists() and json.loads(kept.read_text())["t"] > asked, "it is written down", 60)
     before = figures()
     out, err = load(shared, 1000, 32, 16).communicate(timeout=240)
     assert json.loads(out.splitlines()[-1])["ends"] == {"whole": 1000}, out + err
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (now := figures())["done"] != before["done"] + 1000:
         assert time.monotonic() < deadline, now
         time.sleep(0.5)
@@ -493,7 +501,7 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     far = load(served, 1, 2, 16, where=str(there), until=told + "-there", node="laptop")
     assert process.stdout.readline() == far.stdout.readline() == "begun\n"
     first = project.states(served.run)["serve"]["job_id"]
-    done = project.hpc("submit", "serve", "--replace", "--wait", timeout=120)
+    done = project.hpc("submit", "serve", "--replace", "--wait", timeout=300)
     assert "attempt 2 has taken over" in done.stderr
     (row,) = project.json("status", f"{served.run}/serve")["stages"]
     assert (row["state"], row["attempt"], row["job_id"] != first) == ("RUNNING", 2, True)
@@ -516,7 +524,7 @@ def test_a_successor_and_a_new_start_lose_none_of_a_thousand_requests(served: Se
     ends = said(process)
     assert set(ends["ends"]) == {"whole"}, ends
     assert ends["ends"]["whole"] >= 1000
-    assert len(set(ends["retried"]) - {"times"}) == 3, ends  # it has answered at three places
+    assert len(set(ends["retried"]) - {"times"}) == 3, ends  # three jobs have answered
 
 
 def on_a_laptop(project: Project) -> Laptop:
@@ -552,15 +560,15 @@ def test_another_user_of_the_node_gets_nowhere(shared: Served) -> None:
         cluster.run("bob", "bash", "-c", f"cat /proc/{server}/environ", node=node, check=False).stdout,
     ]
     assert not [text for text in texts if shared.token in text]
-    files = [p for p in shared.folder.rglob("*") if p.is_file() and p.name != "token"]
-    assert not [p for p in files if shared.token.encode() in p.read_bytes()]
+    assert holding(shared.folder, shared.token) == []
 
 
 def killed(one: Served, wanted: str) -> tuple[dict[str, Any], set[str]]:
     memory = regions(one)
     for row in listed(one, f"{one.folder}/repository"):
         if wanted in row[2]:
-            os.kill(int(row[0]), signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(int(row[0]), signal.SIGKILL)
     return end_of(one), memory
 
 
@@ -583,7 +591,7 @@ def test_a_job_that_is_killed_at_once_leaves_no_process(served: Served) -> None:
     assert listed(served, repository)
     served.project.cluster.run("alice", "scancel", "--signal=KILL", "--full", job)
     end_of(served)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while listed(served, repository) and time.monotonic() < deadline:
         time.sleep(0.3)
     assert listed(served, repository) == []
@@ -786,7 +794,7 @@ def test_the_time_limit_lets_running_requests_finish(neighbour: Neighbour) -> No
     assert set(ends) == {"whole", "refused"}, ends
     assert ends["whole"] > 4
     # the outcome is written when the end is asked for, and again at the end
-    until(lambda: "Triton has ended with exit code 0" in attempt.stdout.read_text(), "Triton ends by itself", 20)
+    until(lambda: "Triton has ended with exit code 0" in attempt.stdout.read_text(), "Triton ends by itself", 60)
     outcome = json.loads(attempt.outcome.read_text())
     assert outcome["state"] == "TIMEOUT", outcome
     assert [e["phase"] for e in rundir.last_events(attempt.events, 1 << 20)].count("ending") == 1
@@ -795,7 +803,7 @@ def test_the_time_limit_lets_running_requests_finish(neighbour: Neighbour) -> No
 def test_a_successor_takes_over_before_the_time_limit(lasting: Project) -> None:
     """after:ID+MINUTES is Slurm's own; nobody does anything."""
     folder = lasting.folder / "runs" / "serve-1" / "serve"
-    until((folder / "attempt-1" / "outcome.json").exists, "the first has ended", 150)
+    until((folder / "attempt-1" / "outcome.json").exists, "the first has ended", 300)
     assert json.loads((folder / "attempt-1" / "outcome.json").read_text())["state"] == "COMPLETED"
     (row,) = lasting.json("status", "serve-1")["stages"]
     assert (row["state"], row["attempt"], bool(row["endpoint"])) == ("RUNNING", 2, True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from hpc.login.states import ACTIVE, UNKNOWN
+
 from .project import Project
 
 
@@ -13,7 +15,7 @@ def submit(project: Project, *arguments: str) -> str:
 
 
 def ended(*stages: str):  # type: ignore[no-untyped-def]
-    return lambda found: all(found[s]["state"] not in {"PENDING", "RUNNING", "COMPLETING"} for s in stages)
+    return lambda found: all(found[s]["state"] not in {*ACTIVE, UNKNOWN} for s in stages)
 
 
 def test_pipeline_runs_in_order_and_completes(project: Project) -> None:
@@ -76,7 +78,8 @@ def test_exit_codes_and_signals_are_told_apart(project: Project) -> None:
 
 
 def test_out_of_memory(project: Project) -> None:
-    run = submit(project, "first", "--set", "first.memory_mb=2000")
+    # where Slurm only looks at the memory now and then, it must still be there when it looks
+    run = submit(project, "first", "--set", "first.memory_mb=2000", "--set", "first.seconds=60")
     found = project.until(ended("first"), run)["first"]
     assert found["state"] == "OUT_OF_MEMORY"
     assert "1 GiB" in found["reason"] or "memory" in found["reason"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hpc.core import rundir
+from tests.support.slowed import slowed
 
 from .project import Project
 from .test_states import ended, submit
@@ -32,7 +33,7 @@ batch_size = 2
 max_length = 64
 save_steps = 10
 gradient_checkpointing = false
-resources = { nodes = 2, gpus_per_node = 0, cpus_per_task = 1, mem_gb = 4, time_min = 10 }
+resources = { nodes = 2, gpus_per_node = 0, cpus_per_task = 1, mem_gb = 4, time_min = 30 }
 """
 
 
@@ -59,25 +60,28 @@ def under_way(project: Project, run: str) -> None:
     project.until(lambda f: f["finetune"]["message"].startswith("training") and f["finetune"]["done"] >= 12, run, 180)
 
 
-def second_rank(project: Project, run: str) -> tuple[int, str]:
-    """Its process and its node."""
+def ranks(project: Project, run: str) -> dict[int, tuple[int, str]]:
+    """Rank -> its process and its node."""
     stage = str(stage_of(project, run) / "config.json").encode()
+    found: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             values = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        if b"hpc.inside.runner" in words and stage in words and values.get(b"RANK") == b"1":
-            return int(entry.name), values[b"SLURMD_NODENAME"].decode()
-    raise AssertionError("there is no second rank")
+        if b"hpc.inside.runner" in words and stage in words and b"RANK" in values:
+            found.setdefault(int(values[b"RANK"]), (int(entry.name), values[b"SLURMD_NODENAME"].decode()))
+    return found
 
 
 def test_two_nodes_requeued_go_on_with_the_losses_of_an_uninterrupted_run(trained: Project) -> None:
     whole = submit(trained, "finetune")
     cut = submit(trained, "finetune", "--set", "keep_checkpoints=3")
-    under_way(trained, cut)
-    trained.cluster.run("alice", "scontrol", "requeue", str(trained.states(cut)["finetune"]["job_id"]))
+    trained.until(lambda f: f["finetune"]["message"].startswith(("measuring", "training")), cut, 180)
+    with slowed(*(pid for pid, _ in ranks(trained, cut).values())):  # so few steps of so small a model are soon over
+        under_way(trained, cut)
+        trained.cluster.run("alice", "scontrol", "requeue", str(trained.states(cut)["finetune"]["job_id"]))
     for run in (whole, cut):
         found = trained.until(ended("finetune"), run, 300)["finetune"]
         assert found["state"] == "COMPLETED", (
@@ -108,7 +112,7 @@ def test_two_nodes_requeued_go_on_with_the_losses_of_an_uninterrupted_run(traine
 def test_a_rank_that_dies_ends_the_job_with_its_cause_and_the_next_goes_on(trained: Project) -> None:
     run = submit(trained, "finetune", "--set", "max_steps=400")
     under_way(trained, run)
-    pid, node = second_rank(trained, run)
+    pid, node = ranks(trained, run)[1]
     os.kill(pid, signal.SIGKILL)
     found = trained.until(ended("finetune"), run, 120)["finetune"]
     assert found["state"] == "FAILED"

@@ -86,7 +86,7 @@ class Serving(Project):
         return str(until(answer, f"{url} answers"))
 
 
-def until(found: Callable[[], Any], what: object, timeout: float = 20) -> Any:
+def until(found: Callable[[], Any], what: object, timeout: float = 60) -> Any:
     deadline = time.monotonic() + timeout
     while not (value := found()):
         assert time.monotonic() < deadline, what
@@ -117,7 +117,10 @@ def test_it_waits_prints_at_once_and_what_it_prints_works(lab: Serving) -> None:
     printed = time.time()
     assert waiting.returncode == 0, err
     found = json.loads(out)
-    assert printed - found["ready"] <= 1
+    begin = time.monotonic()
+    lab.json("tunnel")
+    pace = time.monotonic() - begin  # of this machine at this moment: the same command, where nothing is waited for
+    assert printed - found["ready"] <= max(1, pace)
     assert "echo-1/echo: starting on dgx" in err
     assert found["command"] == f"ssh -N -L localhost:{port}:{found['node']}:{found['ports']['http']} login -l alice"
     assert 0 < found["ends"] - printed < 10 * 60
@@ -136,22 +139,27 @@ def test_all_ports_come_through_one_command(lab: Serving) -> None:
             assert lab.opens(found["url"].replace(str(first), str(local), 1)).startswith("200 ")
 
 
+def since_its_end(run: RunDir) -> float:
+    """Seconds: how long the container takes to start, and the service to end, is not what is asked here."""
+    return time.time() - float(json.loads(run.stage("echo").attempt(1).outcome.read_text())["ended"])
+
+
 def test_death_at_the_start_is_told_with_its_log(lab: Serving) -> None:
-    lab.submit(lives=-1)
+    run = lab.submit(lives=-1)
     lab.until(lambda rows: rows["echo"]["state"] != "PENDING")
-    begin = time.monotonic()
     said = lab.hpc("tunnel", check=False)
     assert said.returncode == 5
-    assert time.monotonic() - begin < 15
+    assert since_its_end(run) < 15
     assert "echo-1/echo has ended: FAILED" in said.stderr
     assert "  | the model file is broken" in said.stderr
 
 
 def test_death_later_and_what_ssh_then_says_is_explained(lab: Serving) -> None:
-    lab.submit(lives=6)
+    lab.submit()
     found = lab.tunnel()
     with opened(lab.cluster, found["command"]) as ssh:
         assert lab.opens(found["url"]).startswith("200 ")
+        assert lab.ask(found["url"].replace("/lab?", "/die?")).startswith("none")
         lab.until(lambda rows: rows["echo"]["state"] == "FAILED")
         assert lab.ask(found["url"]).startswith("none")
         ssh.terminate()
@@ -167,13 +175,12 @@ def test_death_later_and_what_ssh_then_says_is_explained(lab: Serving) -> None:
 def test_cancelled_while_the_tunnel_waits(lab: Serving) -> None:
     run = lab.submit(delay=60)
     waiting = lab.popen("tunnel")
-    lab.until(lambda rows: rows["echo"]["phase"] == "running")
+    lab.until(lambda rows: rows["echo"]["phase"] == "running" or "no answer yet" in rows["echo"]["message"])
     (job,) = jobs(lab, "%i")
-    begin = time.monotonic()
     lab.cluster.run("alice", "scancel", job)
-    _, err = waiting.communicate(timeout=30)
+    _, err = waiting.communicate(timeout=60)
     assert waiting.returncode == 5, err
-    assert time.monotonic() - begin < 15
+    assert since_its_end(run) < 15
     assert f"{run.id}/echo has ended: CANCELLED" in err
 
 

@@ -10,16 +10,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions as seen
 from selenium.webdriver.support.ui import WebDriverWait
 
+IDLE = ".jp-NotebookPanel [data-status='idle']"
 CELL = "print('six times seven is', 6 * 7)"
+
+
+def clicked(place: tuple[str, str]) -> Callable[[webdriver.Chrome], bool]:
+    """True once a click has reached it: the page may be drawn anew at that moment, or something lie before it."""
+
+    def look(browser: webdriver.Chrome) -> bool:
+        try:
+            browser.find_element(*place).click()
+        except WebDriverException:
+            return False
+        return True
+
+    return look
 
 
 def main(url: str, picture: str, heading: str = "", sign: str = "") -> None:
@@ -50,10 +66,9 @@ def main(url: str, picture: str, heading: str = "", sign: str = "") -> None:
             while Path(sign).exists():
                 time.sleep(0.1)
             browser.refresh()
-        wait.until(seen.element_to_be_clickable(card)).click()
-        cell = wait.until(seen.element_to_be_clickable((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))
-        time.sleep(1)
-        cell.click()
+        wait.until(clicked(card))
+        wait.until(seen.presence_of_element_located((By.CSS_SELECTOR, IDLE)))  # the notebook is whole, its kernel there
+        wait.until(clicked((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))
         ActionChains(browser).send_keys(CELL).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
         output = (By.CSS_SELECTOR, ".jp-OutputArea-output pre")
         print(wait.until(seen.visibility_of_element_located(output)).text)

@@ -39,7 +39,7 @@ def main(url: str, question: str, folder: str) -> None:
         found["folded"] = not fold.get_attribute("open")
         found["thought"] = fold.find_element(By.TAG_NAME, "div").get_attribute("textContent")
         _picture(browser, folder, "light")
-        _slow(browser, 3000)  # the answer of a small model would be there before a hand reaches the key
+        _slow(browser, 60_000)  # the answer of a small model would be there before a hand reaches the key
         text.send_keys("Tell me more, for a long time.", Keys.ENTER)
         wait.until(lambda b: b.find_element(By.ID, "stop").is_displayed())
         browser.find_element(By.TAG_NAME, "body").send_keys(Keys.ESCAPE)

@@ -36,6 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = urllib.parse.parse_qs(path.query).get("token", [""])[0]
         good = os.environ["TOKEN"] in (asked, (self.headers.get("Authorization") or "").removeprefix("Bearer "))
         if good and path.path in ("/die", "/leave"):
+            print("the server dies" if path.path == "/die" else "the server is left", flush=True)
             os._exit(3 if path.path == "/die" else 0)
         body = body if good else b"Password or token"
         self.send_response(200 if good else 403)

@@ -56,6 +56,7 @@ def followed(where: Path, token_file: Path, tokens: int, number: int, retried: C
         try:
             place = json.loads(where.read_text())
             host, token = f"{place['host']}:{place['ports']['http']}", token_file.read_text().strip()
+            job = place.get("job_id", host)
         except OSError:  # nothing is announced at this moment
             time.sleep(0.2)
             continue
@@ -64,7 +65,7 @@ def followed(where: Path, token_file: Path, tokens: int, number: int, retried: C
             retried["times"] += 1
             time.sleep(0.2)
         else:
-            retried[host] += 1
+            retried[job] += 1  # not the address: the same port may be drawn twice
     return end
 
 

@@ -57,12 +57,20 @@ class Terminal:
                 self._read()
             except OSError:
                 time.sleep(0.1)
+        try:  # its last words may have come while nobody looked
+            while self._read(0):
+                pass
+        except OSError:
+            pass
         code: int = self.process.returncode
         return code
 
     def hang_up(self) -> None:
         os.close(self._own)
 
-    def _read(self) -> None:
-        if select.select([self._own], [], [], 0.2)[0]:
-            self.text += self._decode(os.read(self._own, 4096))
+    def _read(self, wait_s: float = 0.2) -> bool:
+        """True where something had come."""
+        if not select.select([self._own], [], [], wait_s)[0]:
+            return False
+        self.text += self._decode(os.read(self._own, 4096))
+        return True
