@@ -44,14 +44,19 @@ def source(
         given = _given_before(name, kind, asker, order, wishes)
     if given is not None:
         path = facts.path(given)
-        if path is None and kind == "hf_model" and (is_hub_name(given) or given.startswith(("http://", "https://"))):
+        folder = given.partition("/")[0]
+        ours = is_hub_name(given) and facts.path(folder) is not None  # models/NAME, where the project has models/
+        far = is_hub_name(given) and not ours or given.startswith(("http://", "https://"))
+        if path is None and kind == "hf_model" and far:
             return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
         if kind == "endpoint":
             return Source(name=name, kind=kind, stage=None, value=path or given, key=_served(given, path, stage, facts))
         if path is None:
             raise UsageError(
                 f"{stage.name}.{name}: there is no '{given}'",
-                hint="give a folder or file that exists"
+                hint=f"the project has a folder {folder}: give what lies in it"
+                if ours
+                else "give a folder or file that exists"
                 + (", or a model's name on the hub (organisation/name)" if kind == "hf_model" else ""),
             )
         return Source(name=name, kind=kind, stage=None, value=path, key=facts.digest(path))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,8 +30,14 @@ def world() -> int:
 
 
 def check() -> None:
-    """HpcError where other than as many ranks as were planned have been started."""
+    """HpcError where other than as many ranks as were planned have been started. From here on each ends with torchrun.
+
+    torchrun gives each a session of its own: what kills the job's process group would leave them at work.
+    """
     meant = int(os.environ.get(MEANT, "1"))
+    if meant > 1:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if world() != meant:
         raise HpcError(
             f"{world()} ranks were started, and {meant} were planned",

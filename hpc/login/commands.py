@@ -60,10 +60,13 @@ def submit(options: argparse.Namespace) -> int:
     work = make(options, scheduler, _chatter)
     if options.dry_run:
         if options.json:
-            _print_json("hpc.dry-run/1", run=work.submission.run.id, stages=work.dry_run())
+            notes = list(work.submission.plan.notes)
+            _print_json("hpc.dry-run/1", run=work.submission.run.id, notes=notes, stages=work.dry_run())
         else:
             work.show_dry_run(sys.stdout)
         return 0
+    for note in work.submission.plan.notes:
+        _chatter(f"note: {note}")
     if on_login_node(work.settings, work.submission):
         from hpc.login import here
 
@@ -167,8 +170,11 @@ def logs(options: argparse.Namespace) -> int:
     submitted = [s for s in rows if s.attempt and (stage is None or s.stage == stage)]
     if not submitted:
         raise NotFound(f"{run.id} has no log yet", hint=f"`hpc status {run.id}` shows where it stands")
-    # without a stage: the one that failed, else the one at work, else the last
-    chosen = next((s for wanted in (_bad, _running) for s in submitted if wanted(s)), submitted[-1])
+    begun = [s for s in submitted if run.stage(s.stage).attempt(s.attempt).launch.exists()]
+    awaited = options.follow and any(s.active for s in submitted)
+    # without a stage: the one that failed, else the one at work, else the last that has begun, or is waited for
+    last = (submitted if awaited else begun or submitted)[-1]
+    chosen = next((s for wanted in (_bad, _running) for s in submitted if wanted(s)), last)
     attempt = run.stage(chosen.stage).attempt(chosen.attempt)
     print(f"==> {run.id}/{chosen.stage} attempt {chosen.attempt}: {chosen.state} <==", file=sys.stderr)
 

@@ -17,6 +17,7 @@ from hpc.core import plan as plans
 from hpc.core.errors import HpcError
 from hpc.login import slurm
 from hpc.login.facts import MachineFacts, container_program
+from hpc.login.planning import refuse_unheard
 from hpc.login.settings import Settings, load, locate
 from hpc.login.submit import NOT_IN_A_NAME
 
@@ -45,7 +46,7 @@ def examine(site: str | None = None) -> list[Check]:
         _submitit(),
         _settings(settings),
         _runs(settings),
-        *_scheduler(settings),
+        *_scheduler(settings, site or os.environ.get("HPC_SITE")),
         *_environments(settings),
         *_reach(settings),
     ]
@@ -95,10 +96,10 @@ def _runs(settings: Settings) -> Check:
     )
 
 
-def _scheduler(settings: Settings) -> Iterator[Check]:
+def _scheduler(settings: Settings, named: str | None) -> Iterator[Check]:
     site = settings.site
     if site.scheduler == "local":
-        yield Check(what="scheduler", verdict="ok", found="local: stages run on this machine, no Slurm needed")
+        yield _asked("scheduler", lambda: _local(settings, named))
         return
     yield _asked("slurm", lambda: slurm.run(["sinfo", "--version"]).strip())
     yield _asked("partitions", lambda: ", ".join(slurm.partitions()))
@@ -107,6 +108,11 @@ def _scheduler(settings: Settings) -> Iterator[Check]:
         hint = "outcomes come from the run folders instead"
         accounting = replace(accounting, verdict="warning", hint=hint)
     yield accounting
+
+
+def _local(settings: Settings, named: str | None) -> str:
+    refuse_unheard(settings, named=named)
+    return "local: stages run on this machine, no Slurm needed"
 
 
 def _accounting() -> str:

@@ -56,10 +56,16 @@ class MachineFacts:
     def environment(self, name: str) -> Environment:
         candidates = environment_paths(name, self._site, self._root)
         for path in candidates:
-            if path.is_file():
-                return self._image(name, path)
-            if (path / "bin" / "python3").exists():
-                return Environment(name=name, kind="venv", path=str(path), digest=venv_digest(path))
+            try:
+                if path.is_file():
+                    return self._image(name, path)
+                if (path / "bin" / "python3").exists():
+                    return Environment(name=name, kind="venv", path=str(path), digest=venv_digest(path))
+            except OSError as error:
+                raise Refused(
+                    f"the environment '{name}' cannot be read: {error.filename or path}: {error.strerror}",
+                    hint=f"its owner must open it, and every folder on the way; or: hpc images build {name}",
+                ) from error
         raise Refused(
             f"the environment '{name}' is not there: {' nor '.join(map(str, candidates))}",
             hint=f"hpc images build {name} (without Apptainer: --as venv), or name it in the site profile:"
@@ -70,6 +76,8 @@ class MachineFacts:
         """An image by its lock; where the site demands a signature, by its content and that signature."""
         seen = imagelock.look(path)  # first: a change from here on is one that the node will see
         lock = imagelock.read(path)
+        if lock is None and not images.plausible(path):
+            raise Refused(f"the environment '{name}' is {path}, and that is no image", hint=f"hpc images build {name}")
         key = self._site.verify_key
         if key is None:
             digest = imagelock.digest(path, self._digests.of)

@@ -15,6 +15,7 @@ from hpc.core.errors import Interrupted
 from hpc.core.rundir import AttemptDir, RunDir
 from hpc.login import streams, view
 from hpc.login.states import Scheduler, StageState, states
+from hpc.node import outcome
 
 _LOOK_S = 1.0
 """Between two looks at the run's own files."""
@@ -75,7 +76,7 @@ def _something_ended(run: RunDir, rows: Sequence[StageState]) -> bool:
 
 def _say_end(run: RunDir, state: StageState, out: IO[str]) -> None:
     _tell(out, f"{run.id}/{state.stage}: {state.state}: {state.reason or 'no reason known'}")
-    ended = rundir.read_json(run.stage(state.stage).attempt(state.attempt).outcome) or {}
+    ended = outcome.read(run.stage(state.stage).attempt(state.attempt)) or {}
     for line in ended.get("log_tail", []):
         _tell(out, f"  | {line}")
     if state.hint:

@@ -122,4 +122,4 @@ def standing(run: RunDir) -> list[StageState]:
 
 def results(stage_dir: StageDir) -> dict[str, Any]:
     """What a job that is done has written."""
-    return dict((rundir.read_json(stage_dir.manifest) or {}).get("metrics", {}))
+    return dict((rundir.read_json(stage_dir.manifest) or {}).get("metrics") or {})

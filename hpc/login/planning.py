@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -169,15 +170,16 @@ def make(
 
     `only`: these stages in place of those asked for; `over`: settings above all others.
     """
-    settings = load(locate(), target=options.target, site=options.site, flags=[*flags(options), *over])
+    layers = [*flags(options), *over]
+    settings = load(locate(), target=options.target, site=options.site, flags=layers)
+    if not any("scheduler" in layer.table.get("site", {}) for layer in layers):  # else this machine is meant
+        refuse_unheard(settings, named=options.site or os.environ.get("HPC_SITE"))
     wanted = list(only) or _wanted(options, settings)
     facts = MachineFacts(settings, say)
     try:
         plan = plans.plan(settings.wishes, wanted, settings.site, facts)
     finally:
         facts.save()
-    for note in plan.notes:
-        say(f"note: {note}")
     asked = getattr(options, "replace", False)
     work = submitting.prepare(plan, settings, only[0] if only else options.target, scheduler, replace=asked)
     if not only:
@@ -217,6 +219,23 @@ def flags(options: argparse.Namespace) -> list[Layer]:
             Layer("--time", {s: {"resources": {"time_min": _minutes(options.time)}} for s in stages.available()})
         )
     return layers
+
+
+def refuse_unheard(settings: Settings, *, named: str | None) -> None:
+    """UsageError where Slurm is told something on a site without it: all would run on this machine, without a word.
+
+    `named`: the site is asked for by name. One that is local by its own words may then run a project that is written
+    for a cluster, with its stages' sbatch options.
+    """
+    site, origins = settings.site, settings.origins
+    unheard = [f"site.{name}" for name in ("partition", "account", "qos", "sbatch") if getattr(site, name)]
+    if not (named and "site.scheduler" in origins):
+        unheard += [f"{w.stage.name}.sbatch" for w in settings.wishes if w.sbatch]
+    if site.scheduler == "local" and unheard:
+        raise UsageError(
+            f"{origins[unheard[0]]}: site '{site.name}' has no Slurm, and {unheard[0]} would do nothing",
+            hint='write extends = "slurm" in the site profile, or choose one that has it: --site NAME',
+        )
 
 
 def _minutes(text: str) -> int:

@@ -139,7 +139,7 @@ def _stage(run: RunDir, row: StageState) -> StageReport:
         environment=str(environment.get("name", "")),
         digest=str(environment.get("digest", "")),
         versions=manifest.get("versions", {}),
-        metrics=manifest.get("metrics", {}),
+        metrics=manifest.get("metrics") or {},
         outputs={name: _digest(o.get("files")) for name, o in manifest.get("outputs", {}).items()},
         curves=_curves(folder.path / _LOG),
         evaluation=next((d for p in out.values() if (d := _document(p, evaluation.SCHEMA))), None),

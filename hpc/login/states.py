@@ -16,6 +16,7 @@ from hpc.core.errors import HpcError, RuntimeUnavailable
 from hpc.core.rundir import RunDir, StageDir
 from hpc.login import doing, slurm
 from hpc.login.slurm import ENDED
+from hpc.node import outcome
 from hpc.node.enter import alive, elsewhere, gone
 
 _CLOCK_SKEW_S = 5
@@ -176,7 +177,7 @@ def _from_files(submitted: _Submitted, scheduler: Scheduler) -> StageState | Non
     queued = _queued(job, scheduler)
     if queued is not None and queued.state not in ENDED:
         return _live(submitted, attempt, queued)
-    ended = rundir.read_json(attempt.outcome)
+    ended = outcome.read(attempt)
     if ended is not None and (queued is not None or scheduler.problem is not None or not _ambiguous(ended, attempt)):
         return _ended(submitted, ended, queued.state if queued else None)
     if ended is not None:
@@ -274,7 +275,7 @@ def _ended(submitted: _Submitted, ended: Mapping[str, Any], slurm_says: str | No
 
 
 def _local(submitted: _Submitted, attempt: rundir.AttemptDir) -> StageState:
-    job, ended = submitted.job, rundir.read_json(attempt.outcome)
+    job, ended = submitted.job, outcome.read(attempt)
     process = rundir.read_json(attempt.process)
     if process is not None:
         submitted = replace(submitted, job={**job, "job_id": process["pid"]})  # hpc may have been killed before it knew
@@ -349,7 +350,7 @@ def _from_accounting(open_ones: list[tuple[int, _Submitted]], scheduler: Schedul
     for place, submitted in open_ones:
         record = known.get(str(submitted.job["job_id"]))
         attempt = submitted.stage_dir.attempt(submitted.job["attempt"])
-        ended = rundir.read_json(attempt.outcome)
+        ended = outcome.read(attempt)
         if ended is not None:
             yield place, _ended(submitted, ended, record.state if record else None)
         elif record is None or (record.submit or 0) < submitted.job["submitted"] - _CLOCK_SKEW_S:

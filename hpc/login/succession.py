@@ -13,6 +13,7 @@ from hpc.core.rundir import AttemptDir, RunDir, StageDir
 from hpc.core.site import Site
 from hpc.login.place import Ground, Placed, place
 from hpc.login.states import StageState
+from hpc.node import outcome
 
 _LOOK_S = 0.5
 
@@ -81,7 +82,7 @@ def wait(run: RunDir, placed: Placed, say: Callable[[str], None]) -> None:
     attempt = placed.stage_dir.attempt(placed.attempt)
     what, told = f"{run.id}/{placed.name}", ""
     while (rundir.read_json(placed.stage_dir.job) or {}).get("attempt", 0) < placed.attempt:
-        ended = rundir.read_json(attempt.outcome)
+        ended = outcome.read(attempt)
         if ended is not None or not attempt.successor.exists():
             why = f": {ended['state']} {ended.get('cause', '')}".rstrip() if ended else ""
             raise HpcError(f"the job that was to take over {what} has ended{why}", hint=f"see {attempt.path}/stderr")

@@ -66,6 +66,8 @@ class Job:
 
 def enter(job: Job) -> None:
     """Run the job to its end. Leaves with the payload's exit code, so that the scheduler sees the same end."""
+    if job.enforce:
+        _end_with_controller()
     stage_dir = rundir.StageDir(Path(job.stage_dir))
     task = rundir.task_number(job.tasks)
     attempt = stage_dir.attempt(job.attempt).of_task(task)
@@ -268,7 +270,7 @@ def _has_failed(source: rundir.StageDir) -> str | None:
     if latest is None or "attempt" not in latest:
         return "NEVER SUBMITTED"
     attempt = source.attempt(latest["attempt"])
-    ended = rundir.read_json(attempt.outcome)
+    ended = outcome.read(attempt)
     if ended is not None:
         return None if ended["state"] == "COMPLETED" else str(ended["state"])
     if attempt.stop.exists():
@@ -348,8 +350,15 @@ def _disk_full(path: Path) -> bool:
     return disk.f_bavail * disk.f_frsize < _RESERVE
 
 
+def _end_with_controller() -> None:
+    """A local job is known by its controller: what outlived it would go on unseen, beside what is submitted next."""
+    _die_with_us()
+    if os.getppid() != int(os.environ.get("SUBMITIT_LOCAL_JOB_ID", os.getppid())):  # it is gone already
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _die_with_us() -> None:
-    """In the child, before exec: end when this process ends, even by SIGKILL (Linux, prctl PR_SET_PDEATHSIG)."""
+    """In the child: end when the process that started it ends, even by SIGKILL (Linux, prctl PR_SET_PDEATHSIG)."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

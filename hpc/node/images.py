@@ -28,6 +28,8 @@ from hpc.core.errors import HpcError, RuntimeUnavailable, UsageError, Verificati
 
 ZSTD = ("--mksquashfs-args", "-comp zstd -Xcompression-level 3")
 """Five times faster than the default gzip, and hardly larger."""
+_HEADER = 96
+"""Bytes of the shortest that an image begins with, squashfs's."""
 _WORK = "hpc-build-"
 _YOUNG_S = 60
 """A workspace may be made, and not yet be held."""
@@ -43,6 +45,13 @@ print(json.dumps({**found, "python": platform.python_version()}))
 """
 
 Tell = Callable[[str], None]
+
+
+def plausible(image: Path) -> bool:
+    """Whether the file can be an image at all: of any kind that Apptainer starts, and no text, such as a web page."""
+    with open(image, "rb") as file:
+        head = file.read(4096)
+    return len(head) >= _HEADER and b"\0" in head
 
 
 @contextmanager

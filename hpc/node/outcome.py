@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hpc.core import rundir
 from hpc.core.errors import STOPPED, HpcError
@@ -29,6 +30,12 @@ class Outcome:
     resumable: bool = False
     """Submitting again goes on from what was saved."""
     log_tail: list[str] = field(default_factory=list)
+
+
+def read(attempt: rundir.AttemptDir) -> dict[str, Any] | None:
+    """How the attempt ended; None where that is not written, or not whole."""
+    ended = rundir.read_json(attempt.outcome)
+    return ended if ended is not None and isinstance(ended.get("state"), str) else None
 
 
 def classify(

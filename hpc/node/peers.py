@@ -6,8 +6,8 @@ import re
 import time
 from dataclasses import replace
 
-from hpc.core import rundir
 from hpc.core.rundir import AttemptDir
+from hpc.node import outcome
 from hpc.node.outcome import Outcome
 
 _WAIT_S = 5.0
@@ -30,7 +30,7 @@ def first(end: Outcome, attempt: AttemptDir, nodes: int, since: float) -> Outcom
 def failed(attempt: AttemptDir, nodes: int, since: float) -> Outcome | None:
     """How another node of this job failed since then, where it did and was the cause."""
     for number in range(1, nodes):
-        ended = rundir.read_json(attempt.of_task(number).outcome)
+        ended = outcome.read(attempt.of_task(number))
         if ended is None or ended["ended"] < since or ended["state"] not in {"FAILED", "OUT_OF_MEMORY"}:
             continue
         if not _LOST.search(ended["cause"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpc.core import rundir
 from hpc.core.rundir import StageDir
+from hpc.node import outcome
 from hpc.node.outcome import Outcome
 
 _FOLLOWED = {"COMPLETED", "TIMEOUT", "PREEMPTED", "NODE_FAIL"}
@@ -17,7 +18,7 @@ def refused(folder: StageDir, attempt: int) -> Outcome | None:
         return Outcome(state="CANCELLED", exit_code=1, cause=f"attempt {current} of this service has taken over")
     if current == attempt:
         return None
-    ended = rundir.read_json(folder.attempt(current).outcome)
+    ended = outcome.read(folder.attempt(current))
     if ended is None or ended["state"] in _FOLLOWED:
         return None
     return Outcome(

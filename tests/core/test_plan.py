@@ -180,6 +180,13 @@ def test_key_of_a_hub_model_is_its_name() -> None:
     assert one.stages[0].reads == (), "a hub name is no path"
 
 
+def test_model_that_a_folder_of_the_project_lacks_is_none_of_the_hub() -> None:
+    stage = make("finetune", consumes={"model": "hf_model"})
+    with pytest.raises(UsageError, match=r"finetune\.model: there is no 'models/tny'") as refused:
+        planned([wish(stage, model="models/tny")], ["finetune"], files={"models": "", "models/tiny": "weights"})
+    assert refused.value.hint == "the project has a folder models: give what lies in it"
+
+
 # ---- resources
 
 

@@ -112,7 +112,7 @@ def test_slurmctld_down(project: Project) -> None:
 
 
 def test_a_broken_image_is_a_container_error_with_its_reason(project: Project) -> None:
-    broken = project.write("broken.sif", "not an image\n" * 100)
+    broken = project.write("broken.sif", "not an image\0" * 100)
     toml = (project.folder / "hpc.toml").read_text()
     image = toml.split('train = "')[1].split('"')[0]
     project.write("hpc.toml", toml.replace(image, str(broken)))

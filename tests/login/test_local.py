@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert probe.write_chain(folder / "stages") == CHAIN
     return folder
+
+
+def of_group(group: int) -> list[int]:
+    """The processes of a group that still run."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended meanwhile
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(pid))
+    return found
 
 
 class Local:
@@ -254,6 +266,7 @@ def test_cancel_ends_running_and_waiting_stages(local: Local) -> None:
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"pipeline-1/{name}" for name in CHAIN]
     assert process_start(process) is None
     assert local.states() == dict.fromkeys(CHAIN, "CANCELLED")
+    assert local.hpc("logs").stdout == "hello from first\n", "the others have not begun"
 
 
 def test_cancel_kills_a_stage_that_does_not_listen(local: Local) -> None:
@@ -312,6 +325,17 @@ def test_killed_job_is_lost_and_submit_runs_it_again(local: Local) -> None:
     assert local.states() == {"first": "COMPLETED"}
 
 
+def test_kill_of_a_jobs_id_ends_all_of_it(local: Local) -> None:
+    """By the number that `hpc status` shows: what outlived it would write beside what is submitted next."""
+    local.hpc("submit", "first", "--set", "first.seconds=60")
+    job = local.running("first-1/first")
+    group = local.read("first-1/first/attempt-1/process.json")["group"]
+    assert len(of_group(group)) > 2, "the controller, the job's entry, the stage"
+    os.kill(job, signal.SIGKILL)
+    until(lambda: not of_group(group), "the end of all", 5)
+    assert local.states() == {"first": "LOST"}
+
+
 def test_logs_follow_until_the_stage_ends(local: Local) -> None:
     local.hpc("submit", "first", "--set", "first.seconds=600")
     local.running("first-1/first")
@@ -354,6 +378,24 @@ def test_kill_between_two_submissions_leaves_a_run_that_submit_completes(local: 
     local.hpc("submit", "pipeline", "--wait")
     assert local.states("pipeline-1") == dict.fromkeys(CHAIN, "COMPLETED")
     assert local.read("pipeline-1/first/job.json")["attempt"] == 1, "it was not run twice"
+
+
+def test_what_only_slurm_hears_is_2_without_slurm_and_nothing_starts(local: Local) -> None:
+    (local.folder / "sites").mkdir()
+    (local.folder / "sites" / "mine.toml").write_text('partition = "gpu"\n')  # `extends` was forgotten
+    for options, what in {
+        ("--site", "mine"): f"{local.folder}/sites/mine.toml: site 'mine' has no Slurm, and site.partition",
+        ("-p", "gpu"): "--partition: site 'local' has no Slurm, and site.partition",
+        ("-A", "me", "--site", "local"): "--account: site 'local' has no Slurm, and site.account",
+        ("--set", "first.sbatch={nice=1}"): "--set first.sbatch={nice=1}: site 'local' has no Slurm, and first.sbatch",
+    }.items():
+        done = local.hpc("submit", "first", *options, code=2)
+        assert f'error: {what} would do nothing\n  try: write extends = "slurm"' in done.stderr
+    assert not (local.folder / "runs").exists()
+    assert "no Slurm, and site.partition" in local.hpc("doctor", "--site", "mine", code=1).stdout
+    # said in so many words, this machine it is: a cluster's project is tried here
+    local.hpc("plan", "first", "--site", "local", "--set", "first.sbatch={nice=1}")
+    local.hpc("plan", "first", "--site", "mine", "--set", "site.scheduler=local")
 
 
 def test_two_at_once_run_every_stage_once(local: Local) -> None:
@@ -431,6 +473,51 @@ def test_missing_environment_is_3_and_names_what_to_build(local: Local) -> None:
     assert "the environment 'train' is not there" in done.stderr
     assert "hpc images build train" in done.stderr
     assert not (local.folder / "runs" / "first-1").exists()
+
+
+NO_RIGHTS = "import ctypes; ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())"
+"""Not even root's."""
+
+
+def test_environment_behind_a_closed_folder_is_3_and_named(local: Local) -> None:
+    closed = local.folder / "venv" / "bin"
+    closed.chmod(0)
+    try:
+        done = local.hpc("plan", "first", code=3, before=NO_RIGHTS)
+        checks = local.hpc("doctor", code=1, before=NO_RIGHTS).stdout
+    finally:
+        closed.chmod(0o755)
+    said = f"the environment 'train' cannot be read: {closed}/python3: Permission denied"
+    assert f"error: {said}\n  try: its owner must open it" in done.stderr
+    assert f"missing environment train: {said}\n" in checks
+    assert "ok      settings" in checks
+
+
+def test_file_that_is_no_image_is_3(local: Local) -> None:
+    page = local.folder / "train.sif"
+    toml = (local.folder / "hpc.toml").read_text()
+    (local.folder / "hpc.toml").write_text(toml.replace('"venv"', '"train.sif"'))
+    page.write_text("<html>not found</html>\n" * 100)
+    done = local.hpc("submit", "first", code=3)
+    assert f"error: the environment 'train' is {page}, and that is no image\n  try: hpc images build" in done.stderr
+    assert not (local.folder / "runs" / "first-1").exists()
+
+
+def test_end_that_is_not_written_whole_counts_as_none(local: Local) -> None:
+    local.hpc("submit", "first", "--wait")
+    (local.folder / "runs/first-1/first/attempt-1/outcome.json").write_text("{}")
+    assert local.states() == {"first": "LOST"}
+    manifest = local.folder / "runs/first-1/first/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "metrics": None}))
+    local.hpc("report", "first-1")
+
+
+def test_note_is_told_once(local: Local) -> None:
+    settings = ("--set", "pipeline.stages=build", "--set", "build.engine=llmapi")
+    for words in (("plan",), ("submit", "pipeline", "--dry-run"), ("submit", "pipeline")):
+        done = local.hpc(*words, *settings)
+        assert (done.stdout + done.stderr).count("note: build: nothing to do") == 1, words
+    assert local.json("submit", "pipeline", "--dry-run", *settings)["notes"] == local.json("plan", *settings)["notes"]
 
 
 def test_module_that_is_no_stage_is_named(local: Local, tmp_path: Path) -> None:
