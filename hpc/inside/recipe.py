@@ -11,11 +11,7 @@ from hpc.core import shape
 from hpc.core.errors import UsageError
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
-from hpc.inside import generation, models, together, trainers
-
-_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-"""What models with a table of learnt positions call it; most have none, and calculate any position."""
-
+from hpc.inside import generation, limits, models, together, trainers
 
 def template(given: str | None, folder: str | None) -> str | None:
     """The chat template that was set, else the one that lies in the folder of the data or adapter, else None."""
@@ -58,12 +54,7 @@ def positions(model: Any, longest: int, setting: str) -> None:
     known = getattr(config, "max_position_embeddings", None) or longest
     if longest <= known:
         return
-    tables = (
-        table.num_embeddings
-        for name, table in model.named_modules()
-        if name.rpartition(".")[2] in _TABLES and hasattr(table, "num_embeddings")
-    )
-    if any(known <= size <= known + 2 for size in tables):  # OPT's has two more; that of a vision tower is another
+    if limits.learnt(model):
         raise UsageError(
             f"rows have up to {longest} tokens, and this model has {known} positions",
             hint=f"set {setting} = {known}, or take a model with more",
