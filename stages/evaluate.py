@@ -123,7 +123,7 @@ def run(config: EvaluateConfig, ctx: Context) -> None:
     if length < config.max_length and counts["cut"]:
         told.append(f"{counts['cut']} rows are cut to the {length} positions that the model has")
     if unasked := len(ended) + len(own) - len(prompts):
-        told.append(f"{unasked} prompts are not asked: with evaluate.max_new_tokens they are beyond {longest} positions")
+        told.append(f"{unasked} prompts are not asked: with evaluate.max_new_tokens they go beyond {longest} positions")
     if base is not None and max(known, default=0) >= can[1][0]:
         base = None
         told.append("the base is not measured: it lacks tokens that the tuned model was given")

@@ -13,6 +13,7 @@ from hpc.core.rundir import write_json
 from hpc.core.stage import Context
 from hpc.inside import generation, limits, models, together, trainers
 
+
 def template(given: str | None, folder: str | None) -> str | None:
     """The chat template that was set, else the one that lies in the folder of the data or adapter, else None."""
     if given is not None:
