@@ -54,7 +54,7 @@ class AlignConfig:
     lora_dropout: float = 0.0
     """Share of a new adapter's inputs dropped in training, 0 to 1. DPO is usually done without."""
     target_modules: tuple[str, ...] = ()
-    """Layers that get a new adapter, or "all-linear"; empty: peft's default for the model."""
+    """Layers that get a new adapter, or "all-linear"; empty: peft's default for the model, else all-linear."""
     learning_rate: float = 5e-6
     """Highest learning rate: far below that of finetune."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
@@ -158,7 +158,7 @@ def run(config: AlignConfig, ctx: Context) -> None:
         rows=rows,
         keep=config.keep_checkpoints,
         processing_class=tokenizer,
-        peft_config=None if before is not None else recipe.adapter(config),
+        peft_config=None if before is not None else recipe.adapter(model, config, "align"),
         callbacks=[watching.watcher(ctx)],
     )
     recipe.trained_in_full(trainer.model)

@@ -92,7 +92,7 @@ def check(config: EvaluateConfig) -> None:
 
 def run(config: EvaluateConfig, ctx: Context) -> None:
     """Measure the tuned model, then its base on the same, and write the report."""
-    from hpc.inside import conversations, models, tasks
+    from hpc.inside import answering, conversations, limits, models, tasks
 
     models.settle()
     if config.tasks:
@@ -103,10 +103,30 @@ def run(config: EvaluateConfig, ctx: Context) -> None:
     talks = list(conversations.read(Path(ctx.inputs["dataset"]), "eval"))[: config.max_rows]
     if not talks:
         raise UsageError("the data set has no held-out rows", hint="set prepare.eval_rows, or prepare.eval_data")
-    rows, counts = conversations.rows(iter(talks), tokenizer, config.max_length, completion_only=True)
-    asked = [talk for talk in talks if len(talk) > 1 and talk[-1]["role"] == "assistant"][: config.answers]
-    prompts = [talk[:-1] for talk in asked] + [[{"role": "user", "content": text}] for text in config.prompts]
+    can = [limits.of(folder) for folder in (tuned, base) if folder is not None]
+    longest = min((positions for _, positions in can if positions is not None), default=None)
+    length = min(config.max_length, longest or config.max_length)
+    rows, counts = conversations.rows(iter(talks), tokenizer, length, completion_only=True)
+    known = {token for row in rows for token in row["input_ids"]}
+
+    def fits(prompt: Messages) -> bool:
+        asked = answering.tokens(prompt, tokenizer)
+        known.update(asked)
+        return longest is None or len(asked) + config.max_new_tokens <= longest
+
+    ended = [talk for talk in talks if len(talk) > 1 and talk[-1]["role"] == "assistant"][: config.answers]
+    asked = [talk for talk in ended if fits(talk[:-1])]
+    own: list[Messages] = [[{"role": "user", "content": text}] for text in config.prompts]
+    prompts = [talk[:-1] for talk in asked] + [prompt for prompt in own if fits(prompt)]
     wanted = [talk[-1]["content"] for talk in asked]
+    told = []
+    if length < config.max_length and counts["cut"]:
+        told.append(f"{counts['cut']} rows are cut to the {length} positions that the model has")
+    if unasked := len(ended) + len(own) - len(prompts):
+        told.append(f"{unasked} prompts are not asked: with evaluate.max_new_tokens they go beyond {longest} positions")
+    if base is not None and max(known, default=0) >= can[1][0]:
+        base = None
+        told.append("the base is not measured: it lacks tokens that the tuned model was given")
 
     sides: dict[str, dict[str, Any]] = {}
     said: dict[str, list[str]] = {}
@@ -133,7 +153,7 @@ def run(config: EvaluateConfig, ctx: Context) -> None:
     ctx.metric(figures={f.name: {"base": f.base, "tuned": f.tuned, "better": f.better} for f in found})
     ctx.metric(worse=[f.name for f in found if f.better is False], verdict=evaluation.verdict(report), **counts)
     print("\n".join(evaluation.lines(report)))
-    ctx.remark(evaluation.verdict(report))
+    ctx.remark("; ".join((evaluation.verdict(report), *told)))
 
 
 def _measure(

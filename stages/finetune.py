@@ -43,7 +43,8 @@ class FinetuneConfig:
     lora_dropout: float = 0.1
     """Share of the adapter's inputs dropped in training, 0 to 1."""
     target_modules: tuple[str, ...] = ()
-    """Names of the layers that get an adapter, or "all-linear"; empty: peft's default for the model."""
+    """Names of the layers that get an adapter, or "all-linear"; empty: peft's default for the model (often q_proj and
+    v_proj), all-linear where it has none."""
     learning_rate: float = 2e-4
     """Highest learning rate."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
@@ -176,6 +177,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
     recipe.positions(
         model, max(len(row["input_ids"]) for row in (*rows["train"], *rows["eval"])), "finetune.max_length"
     )
+    lora = None if config.method == "full" else recipe.adapter(model, config, "finetune")
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     batches: Any = conversations.Padded(pad)
@@ -203,7 +205,7 @@ def run(config: FinetuneConfig, ctx: Context) -> None:
         keep=config.keep_checkpoints,
         data_collator=batches,
         processing_class=tokenizer,
-        peft_config=None if config.method == "full" else recipe.adapter(config),
+        peft_config=lora,
         callbacks=[watching.watcher(ctx)],
     )
     recipe.trained_in_full(trainer.model)

@@ -77,7 +77,8 @@ def run(config: MergeConfig, ctx: Context) -> None:
     ctx.progress(0, 1, "looking at the base model")
     base = models.local(given, ctx.cache)
     entries = merging.whole(base)
-    weighted = list(zip(map(adapters.read, folders), config.weights or [1.0] * len(folders), strict=True))
+    read = (adapters.nested(adapters.read(folder), entries) for folder in folders)
+    weighted = list(zip(read, config.weights or [1.0] * len(folders), strict=True))
     resized = adapters.resized(weighted[0][0], entries)
     words = generation.tokenizer(folders[0], base, ctx, resized)
     ids = words(_PROBE, return_tensors="pt").input_ids

@@ -84,10 +84,10 @@ def _served(given: str, path: str | None, stage: Stage, facts: Facts) -> str:
 
 
 def asker_of(name: str, stage: str, order: Sequence[str], wishes: Mapping[str, Wish]) -> str:
-    """The stage whose input of that name it is: for an original one an earlier stage that has it too."""
+    """The stage whose input of that name it is: for an original one the first stage that has it too."""
     own = wishes[stage]
     if own.stage.consumes[name].original and getattr(own.config, name, None) is None:
-        for earlier in reversed(order[: order.index(stage)]):
+        for earlier in order[: order.index(stage)]:
             wanted = wishes[earlier].stage.consumes.get(name)
             if wanted is not None and wanted.kind == own.stage.consumes[name].kind:
                 return earlier

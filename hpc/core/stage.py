@@ -65,7 +65,7 @@ class Input:
     optional: bool = False
     """The stage can do without: where nothing gives it, `ctx.inputs` does not have it."""
     original: bool = False
-    """It is what the nearest earlier stage with an input of this name got, not what stages since then made of it."""
+    """It is what the first stage with an input of this name got, not what stages since then made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

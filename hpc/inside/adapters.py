@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,22 @@ def resized(adapter: Adapter, base: Mapping[str, Entry]) -> int:
             hint="train it with modules_to_save for both the embeddings and the output (embed_tokens, lm_head)",
         )
     return next(iter(other.values()))
+
+
+def nested(adapter: Adapter, base: Mapping[str, Entry]) -> Adapter:
+    """
+    The adapter by the names of the base's files: those of a model that also sees nest them otherwise than transformers
+    does (language_model.model.layers, model.language_model.layers).
+    """
+    there = {_nesting(name): name for name in base}
+    names = {name: name if name in base else there.get(_nesting(name), name) for name in adapter.factors}
+    return replace(adapter, factors={names[name]: factor for name, factor in adapter.factors.items()})
+
+
+def _nesting(name: str) -> tuple[str, ...]:
+    """A weight's name whatever the order of what stands before its layer's number."""
+    head, *tail = re.split(r"\.(?=\d)", name, maxsplit=1)
+    return (*sorted(head.split(".")), *tail)
 
 
 def fit(adapter: Adapter, base: Mapping[str, Entry], *, tied: bool) -> str:

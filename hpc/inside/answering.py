@@ -20,10 +20,7 @@ def answers(
     """Greedy answers, in the order of the prompts; prompts of like length are answered together."""
     import torch
 
-    ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for prompt in prompts
-    ]
+    ids = [tokens(prompt, tokenizer) for prompt in prompts]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found = [""] * len(ids)
@@ -38,9 +35,15 @@ def answers(
                 input_ids=rows, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, temperature=None,
                 top_p=None, top_k=None, pad_token_id=pad,
             )  # fmt: skip
-        for i, tokens in zip(batch, made[:, longest:], strict=True):
-            found[i] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        for i, said in zip(batch, made[:, longest:], strict=True):
+            found[i] = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
     return found
+
+
+def tokens(prompt: list[Message], tokenizer: Any) -> list[int]:
+    """A prompt's tokens in the chat template, with the words that ask for the answer."""
+    ids: list[int] = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return ids
 
 
 def scores(given: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:

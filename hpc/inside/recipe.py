@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,7 @@ from hpc.core import shape
 from hpc.core.errors import UsageError
 from hpc.core.rundir import write_json
 from hpc.core.stage import Context
-from hpc.inside import generation, models, together, trainers
-
-_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-"""What models with a table of learnt positions call it; most have none, and calculate any position."""
+from hpc.inside import generation, limits, models, together, trainers
 
 
 def template(given: str | None, folder: str | None) -> str | None:
@@ -57,12 +55,7 @@ def positions(model: Any, longest: int, setting: str) -> None:
     known = getattr(config, "max_position_embeddings", None) or longest
     if longest <= known:
         return
-    tables = (
-        table.num_embeddings
-        for name, table in model.named_modules()
-        if name.rpartition(".")[2] in _TABLES and hasattr(table, "num_embeddings")
-    )
-    if any(known <= size <= known + 2 for size in tables):  # OPT's has two more; that of a vision tower is another
+    if limits.learnt(model):
         raise UsageError(
             f"rows have up to {longest} tokens, and this model has {known} positions",
             hint=f"set {setting} = {known}, or take a model with more",
@@ -72,18 +65,43 @@ def positions(model: Any, longest: int, setting: str) -> None:
         print(f"rows have up to {longest} tokens, more than the {known} that this model was made for")
 
 
-def adapter(config: Any) -> Any:
-    """peft's LoraConfig."""
-    from peft import LoraConfig
-    from transformers import set_seed
+def adapter(model: Any, config: Any, stage: str) -> Any:
+    """
+    peft's LoraConfig: for the layers that were set, for peft's default, or where it has none for all linear layers.
 
-    set_seed(config.seed)  # the trainer seeds itself only after the adapter has got its first weights
-    targets: Sequence[str] | None = list(config.target_modules) or None
+    Of a model that also sees or hears the language model alone: text gives the rest no gradient. UsageError where the
+    model has no such layers.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    modules = dict(model.named_modules())
+    inside = next(name for name, m in modules.items() if m is model.get_input_embeddings()).rpartition(".")[0]
+    other = None
+    if model.config.get_text_config() is not model.config and inside:
+        other = rf"(?!{re.escape(inside)}\.|lm_head$).*"
+        modules = {name: m for name, m in modules.items() if not re.fullmatch(other, name)}
+    layers = {name: m for name, m in modules.items() if re.search("Linear|Conv|Embedding", type(m).__name__)}
+    linear = sorted({name.rpartition(".")[2] for name, m in layers.items() if "Embedding" not in type(m).__name__})
+    targets: Any = list(config.target_modules) or None
+    if targets is None and model.config.model_type not in DEFAULTS:
+        print(f"peft has no default for {model.config.model_type}: all its linear layers get an adapter")
+        targets = ["all-linear"]
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    elif targets is not None:
+        named = [name for name in modules if name in targets or name.endswith(tuple(f".{t}" for t in targets))]
+        if not named or not layers.keys() >= set(named):
+            raise UsageError(
+                f"{stage}.target_modules: {', '.join(targets)} are no layers of this model that an adapter can change",
+                hint=f"its linear layers are {', '.join(linear)}; or leave it empty",
+            )
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets,
+        exclude_modules=other,
         task_type="CAUSAL_LM",
     )
 

@@ -113,6 +113,7 @@ def trainer(
 ) -> Any:
     """TRL's trainer of that name over the rows ("train", "eval"); of its checkpoints the last `keep` stay."""
     import datasets
+    import transformers
     import trl
 
     class Trainer(getattr(trl, kind)):  # type: ignore[misc]
@@ -141,6 +142,7 @@ def trainer(
     if together.rank() == 0:  # what a kill has left half written
         shutil.rmtree(Path(arguments.output_dir) / _PART, ignore_errors=True)
     divided = _divided(arguments)
+    transformers.set_seed(arguments.seed)  # it seeds itself only after a new adapter has got its first weights
     made = Trainer(
         model=model,
         args=arguments,

@@ -250,7 +250,7 @@ def test_a_stage_of_several_processes_can_use_gpus_on_several_nodes() -> None:
     assert "this machine alone" in refusal([wide], "finetune", LOCAL).message
 
 
-def test_an_original_input_is_what_the_stage_before_got_and_not_what_it_made() -> None:
+def test_an_original_input_is_what_the_first_stage_got_and_not_what_any_made() -> None:
     tuned = make("tune", consumes={"model": "hf_model"}, produces="hf_model")
     judge = make("judge", consumes={"dataset": "hf_model", "model": "hf_model"})
     judge = replace(judge, consumes={**judge.consumes, "model": Input(kind="hf_model", optional=True, original=True)})
@@ -259,6 +259,9 @@ def test_an_original_input_is_what_the_stage_before_got_and_not_what_it_made() -
     assert {s.name: (s.stage, s.value) for s in given.stages[-1].sources} == names
     fetched = planned([wish(make("fetch", produces="hf_model")), wish(tuned), wish(judge)], ["judge"])
     assert {s.name: s.stage for s in fetched.stages[-1].sources} == {"dataset": "tune", "model": "fetch"}
+    again = make("merge", consumes={"model": "hf_model"}, produces="hf_model")
+    twice = planned([wish(tuned, model="base"), wish(again), wish(judge)], ["judge"], files={"base": "x"})
+    assert {s.name: (s.stage, s.value) for s in twice.stages[-1].sources} == {**names, "dataset": ("merge", "hf_model")}
     own = planned([wish(tuned, model="base"), wish(judge, model="other")], ["judge"], files={"base": "x", "other": "y"})
     assert {s.name: s.value for s in own.stages[-1].sources}["model"] == "/project/other"
 

@@ -131,6 +131,55 @@ def test_the_loss_does_not_depend_on_the_batches(tiny_model: Path, dataset: Path
     assert heldout.loss(model, packed, packing.Packed(0, flat=True), batch_size=3)[0] == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.generations
+@pytest.mark.train
+def test_what_is_beyond_learnt_positions_is_cut_or_not_asked_and_said(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=40, n_embd=32, n_layer=1, n_head=2))
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    opt = OPTForCausalLM(OPTConfig(vocab_size=258, max_position_embeddings=40, **sizes, **layers))
+    for name, model in (("gpt2", gpt2), ("opt", opt)):
+        folder = tmp_path / name
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+        model.save_pretrained(folder)
+        options = {"prompts": ("a" * 40, "b"), "max_new_tokens": 8, "answers": 2}
+        done = run_stage("evaluate", {"model": folder, "dataset": dataset}, folder=f"run-{name}", **options)
+        assert done.code == 0, done.error
+        asked = [answer["prompt"] for answer in json.loads(done.out("report.json").read_text())["answers"]]
+        assert (len(asked), asked[-1]) == (3, "b")
+        assert (done.metrics["rows"], done.metrics["cut"]) == (4, 1)
+        assert "1 rows are cut to the 40 positions" in remark(done)
+        assert "1 prompts are not asked" in remark(done)
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_base_without_the_added_tokens_is_left_out_and_that_is_said(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    words.add_tokens(["<|turn|>"], special_tokens=True)
+    words.chat_template = words.chat_template.replace("<|im_start|>", "<|turn|>")
+    model.resize_token_embeddings(len(words), mean_resizing=False)
+    words.save_pretrained(tmp_path / "more")
+    model.save_pretrained(tmp_path / "more")
+    inputs = {"model": tmp_path / "more", "base_model": tiny_model, "dataset": dataset}
+    done = run_stage("evaluate", inputs, answers=1, max_new_tokens=4)
+    assert done.code == 0, done.error
+    assert json.loads(done.out("report.json").read_text())["base"] is None
+    assert "the base is not measured: it lacks tokens" in remark(done)
+
+
+def remark(done: Any) -> str:
+    return str(json.loads((done.folder / "attempt-1" / "remark.json").read_text())["remark"])
+
+
 @pytest.mark.train
 def test_what_it_cannot_work_with(run_stage: RunStage, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").touch()

@@ -14,6 +14,7 @@ import pytest
 
 from hpc.core import presets
 from hpc.core.errors import STOPPED, HpcError, UsageError
+from hpc.inside import adapters
 from stages import finetune
 
 RunStage = Callable[..., Any]
@@ -302,6 +303,73 @@ def test_rows_beyond_learnt_positions_are_refused_and_beyond_others_said(
     (rotary / "config.json").write_text(json.dumps(stretched))
     assert run_stage("finetune", inputs(rotary, dataset), folder="stretched", **config).code == 0
     assert "this model was made for" not in capsys.readouterr().out
+
+
+@pytest.mark.generations
+@pytest.mark.train
+def test_a_model_without_a_default_of_peft_is_trained_in_all_linear_layers(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    fused = tmp_path / "phi3"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(fused)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Phi3ForCausalLM(Phi3Config(vocab_size=258, pad_token_id=0, **sizes)).save_pretrained(fused)
+    config = {**SMALL, "max_steps": 2, "target_modules": ()}
+    result = run_stage("finetune", inputs(fused, dataset), **config)
+    assert result.code == 0, result.error
+    assert "peft has no default for phi3" in capsys.readouterr().out
+    adapter = adapters.read(result.out("adapter"))
+    changed = {name.split(".")[-2] for name in adapter.factors}
+    assert changed == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    merged = run_stage("merge", {"adapter": result.out("adapter")}, dtype="float32")
+    assert (merged.code, merged.metrics["merged_by"]) == (0, "hpc"), merged.error
+    assert merged.metrics["largest_difference"] < 1e-4
+
+    for named in ("q_proj", "v_proj"), ("self_attn",):  # of other models, and no layer at all
+        result = run_stage("finetune", inputs(fused, dataset), folder="named", **{**config, "target_modules": named})
+        assert (result.code, "are no layers of this model" in result.error["cause"]) == (2, True), result.error
+        assert "down_proj, gate_up_proj, lm_head, o_proj, qkv_proj" in result.error["hint"]
+
+
+@pytest.mark.generations
+@pytest.mark.train
+@pytest.mark.parametrize("named", [(), ("q_proj", "v_proj")])
+def test_of_a_model_that_also_sees_the_language_model_alone_is_trained_and_merged(
+    run_stage: RunStage, tiny_model: Path, dataset: Path, tmp_path: Path, named: tuple[str, ...]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    from hpc.inside import models
+
+    sees = tmp_path / "gemma3"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(sees)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 262, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16}
+    tokens = {"boi_token_index": 259, "eoi_token_index": 260, "image_token_index": 261, "mm_tokens_per_image": 4}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens))
+    model.save_pretrained(sees)
+
+    result = run_stage("finetune", inputs(sees, dataset), **{**SMALL, "max_steps": 2, "target_modules": named})
+    assert result.code == 0, result.error
+    changed = adapters.read(result.out("adapter")).factors
+    assert len(changed) == (2 if len(named) == 2 else 7)
+    assert all(name.startswith("model.language_model.layers.") for name in changed)
+    merged = run_stage("merge", {"adapter": result.out("adapter")}, dtype="float32")
+    assert (merged.code, merged.metrics["merged_by"]) == (0, "hpc"), merged.error
+    base, whole = (models.load(folder, "float32").eval() for folder in (sees, merged.out("model")))
+    both = PeftModel.from_pretrained(base, str(result.out("adapter"))).eval()
+    ids = torch.tensor([[0, 5, 70, 99, 1]])
+    with torch.inference_mode():
+        apart, together = both(input_ids=ids).logits, whole(input_ids=ids).logits
+        with both.disable_adapter():
+            alone = both(input_ids=ids).logits
+    assert float((together - apart).abs().max()) < 1e-4
+    assert float((together - alone).abs().max()) > 1e-3
 
 
 @pytest.mark.train
