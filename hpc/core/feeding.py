@@ -46,7 +46,7 @@ def source(
         path = facts.path(given)
         folder = given.partition("/")[0]
         ours = is_hub_name(given) and facts.path(folder) is not None  # models/NAME, where the project has models/
-        far = is_hub_name(given) and not ours or given.startswith(("http://", "https://"))
+        far = (is_hub_name(given) and not ours) or given.startswith(("http://", "https://"))
         if path is None and kind == "hf_model" and far:
             return Source(name=name, kind=kind, stage=None, value=given, key=f"hub:{given}")
         if kind == "endpoint":
