@@ -29,6 +29,11 @@ class Template:
         """Whether the model has one."""
         return self._template is not None
 
+    @property
+    def begin(self) -> str:
+        """The token that a text begins with, or ""."""
+        return self._tokens["bos_token"]
+
     def render(
         self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any] | None = None, *, prompt: bool = True
     ) -> str:

@@ -45,7 +45,7 @@ def text(family: str) -> str:
 def template(family: Family, tokenizer: Path | None) -> Template:
     """The template that rows will be written with; UsageError where it is the tokenizer's own and there is none."""
     if family != "own":
-        begin, end = TOKENS[family]
+        begin, end = TOKENS[family] if tokenizer is None else ("", "")  # training has the tokenizer's alone
         return Template(tokenizer, text=text(family), tokens={"bos_token": begin, "eos_token": end})
     found = Template(tokenizer)
     if not found:
@@ -54,6 +54,11 @@ def template(family: Family, tokenizer: Path | None) -> Template:
             hint=f"take the chat variant of the model, or set prepare.template to one of {', '.join(TOKENS)}",
         )
     return found
+
+
+def unbegun(family: Family, tokenizer: Path) -> str:
+    """The token that the family's texts begin with, where this tokenizer names none; else ""."""
+    return TOKENS[family][0] if family != "own" and not Template(tokenizer).begin else ""
 
 
 def think(messages: Sequence[Message], policy: Thinking) -> list[Message] | str:

@@ -199,6 +199,8 @@ class Work:
                     self._tell("writing", done, self._table.count + 1)
         if config.template != "own":
             write_text(self._part / "chat_template.jinja", families.text(config.template))
+        if folder is not None and (begin := families.unbegun(config.template, Path(folder))):
+            print(f"the tokenizer names no token that begins a text: {config.template}'s {begin} is left out")
         for sentence in losses.sentences(config.template):
             print(sentence)
         if form.renders:

@@ -91,9 +91,22 @@ def test_each_begins_a_conversation_once(family: Any) -> None:
         assert written(family, TWO).count(begin) == (2 if family == "llama-2" else 1), "Meta begins each pair anew"
 
 
-def test_the_tokenizers_own_tokens_go_before_the_familys(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<begin>"}')
+def test_where_there_is_a_tokenizer_its_own_tokens_are_written_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<begin>", "eos_token": "</s>"}')
     assert families.template("mistral", tmp_path).render(PAIR, prompt=False) == "<begin>[INST] Q[/INST] A</s>"
+    assert families.unbegun("mistral", tmp_path) == ""
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<|im_end|>"}')  # Qwen's
+    assert families.template("llama-2", tmp_path).render(PAIR, prompt=False) == "[INST] Q [/INST] A <|im_end|>"
+    assert families.unbegun("llama-2", tmp_path) == "<s>"
+    assert families.unbegun("chatml", tmp_path) == ""
+
+
+@pytest.mark.parametrize("family", families.TOKENS)
+def test_a_template_is_written_too_where_no_token_is_known(family: Any) -> None:
+    """As transformers gives it to Jinja: what a tokenizer lacks is not even named."""
+    written = Template(None, text=families.text(family))
+    del written._tokens["bos_token"]
+    assert "Q" in written.render(PAIR, prompt=False)
 
 
 DISTILLED = (  # what DeepSeek's own template does to answers: all up to </think> goes

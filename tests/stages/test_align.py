@@ -145,7 +145,7 @@ def test_a_prompt_is_held_out_with_all_its_pairs_and_repeats_are_left_out(tiny_m
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     metrics: dict[str, Any] = {}
     ctx: Any = SimpleNamespace(metric=lambda **found: metrics.update(found))
-    parts = align._rows(models.tokenizer(tiny_model), align.AlignConfig(pairs=(str(path),), eval_share=0.2), ctx)
+    parts, _ = align._rows(models.tokenizer(tiny_model), align.AlignConfig(pairs=(str(path),), eval_share=0.2), ctx)
     assert (metrics["train_pairs"], metrics["eval_pairs"], metrics["dropped"]) == (24, 6, {"repeated": 10})
     train, held = ({row["prompt"][0]["content"] for row in parts[part]} for part in ("train", "eval"))
     assert (len(train), len(held), train & held) == (8, 2, set())
