@@ -21,7 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support import expected_conditions as seen
 from selenium.webdriver.support.ui import WebDriverWait
 
-IDLE = ".jp-NotebookPanel [data-status='idle']"
+STATUS_BAR = (By.ID, "jp-main-statusbar")  # the notebook's own sign says idle before there is a kernel
 CELL = "print('six times seven is', 6 * 7)"
 
 
@@ -67,7 +67,7 @@ def main(url: str, picture: str, heading: str = "", sign: str = "") -> None:
                 time.sleep(0.1)
             browser.refresh()
         wait.until(clicked(card))
-        wait.until(seen.presence_of_element_located((By.CSS_SELECTOR, IDLE)))  # the notebook is whole, its kernel there
+        wait.until(seen.text_to_be_present_in_element(STATUS_BAR, "| Idle"))  # the kernel is there and connected
         wait.until(clicked((By.CSS_SELECTOR, ".jp-Notebook .cm-content")))
         ActionChains(browser).send_keys(CELL).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
         output = (By.CSS_SELECTOR, ".jp-OutputArea-output pre")
