@@ -47,7 +47,7 @@ class ServeConfig:
     """The model's name for clients of OpenAI's API."""
     streaming: bool = True
     """Answers come piece by piece. It sets `decoupled` in all models. Off, nothing joins a batch of the CPU engine."""
-    stream_interval_ms: int = 16
+    stream_interval_ms: int = 32
     """Milliseconds between two pieces: faster tokens share one; 0: a piece for each token. (onnxruntime_genai)"""
     engine_batch_size: int = 0
     """Requests that the engine works on at once; 0: as many as are taken."""

@@ -34,7 +34,7 @@ class Settings:
     """Requests that wait before new ones are refused; 0: any number."""
     engine_max_batch_size: int = 0
     """Requests that the engine works on at once; 0: as many as Triton takes. (TensorRT-LLM's are built in.)"""
-    stream_interval_ms: int = 16
+    stream_interval_ms: int = 32
     """Between two pieces of an answer, at least; 0: a piece for each token. (Our own engine's.)"""
     max_seq_len: int = 0
     """Tokens of prompt and answer together; 0: what the engine can."""
@@ -87,7 +87,6 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
         "engine_max_batch_size": settings.engine_max_batch_size or settings.triton_max_batch_size,
         "engine_dir": engine_dir,
         "tokenizer_dir": tokenizer_dir,
-        "engine_model": "tensorrt_llm",
         "tensorrt_llm_model_name": "tensorrt_llm",
         "triton_backend": "tensorrtllm",
         "accumulate_tokens": True,
@@ -103,38 +102,10 @@ def values(engine: str, engine_dir: Path, tokenizer_dir: Path, settings: Setting
     parameters = {"gpt_model_type": settings.batching_strategy, **{n: found[n] for n in _ENGINE_PARAMETERS}}
     texts = {name: _word(value) for name, value in found.items() if value is not None}
     lines = [_PARAMETER.format(name, _word(value)) for name, value in parameters.items() if value is not None]
-    maps = _BY_OUR_ENGINE if engine == "onnxruntime_genai" else {**dict.fromkeys(_BY_OUR_ENGINE, ""), **_BY_TENSORRT}
-    taken = "" if engine == "llmapi" else _ADAPTER_INPUT
-    return {**texts, **maps, "bls_adapter_input": taken, "engine_parameters": "\n".join(lines)}
+    return {**texts, "engine_parameters": "\n".join(lines)}
 
 
 _PARAMETER = 'parameters {{ key: "{}" value: {{ string_value: "{}" }} }}'
-
-
-def _maps(kind: str, **names: str) -> str:
-    return "".join(f'\n      {kind} {{ key: "{key}" value: "{value}" }}' for key, value in names.items())
-
-
-_ADAPTER_INPUT = ',\n  { name: "lora_name" data_type: TYPE_STRING dims: [ 1 ] optional: true }'
-_BY_OUR_ENGINE = {
-    "adapter_input": _ADAPTER_INPUT,
-    "ensemble_outputs": "".join(
-        f',\n  {{ name: "{name}" data_type: {kind} dims: [ 1 ] }}'
-        for name, kind in (("prompt_length", "TYPE_INT32"), ("finish_reason", "TYPE_STRING"))
-    ),
-    "ensemble_engine_inputs": _maps("input_map", stop_words="stop_words", lora_name="lora_name"),
-    "ensemble_engine_outputs": _maps(
-        "output_map", context_ids="_context_ids", text_begin="_text_begin", text_end="_text_end",
-        prompt_length="prompt_length", finish_reason="finish_reason",
-    ),
-    "ensemble_text_inputs": _maps(
-        "input_map", CONTEXT="_context_ids", TEXT_BEGIN="_text_begin", TEXT_END="_text_end",
-    ),
-}  # fmt: skip
-"""What our own engine's model takes and tells beyond tokens: an adapter's name; which part of their text is certain,
-and why it ended."""
-_BY_TENSORRT = {"ensemble_engine_inputs": _maps("input_map", min_length="min_tokens", seed="random_seed")}
-"""Other releases' names for the same: the backend does not look at those that it does not know."""
 
 
 def _word(value: object) -> str:

@@ -47,14 +47,17 @@ class Request:
 
         self.inputs = {k: np.array([v], object if isinstance(v, bytes) else None) for k, v in given.items()}
         self.tokens: list[int] = []
-        self.pieces: list[list[Any]] = []
-        """(tokens, those before them that are decoded with them, begin and end of their text) of each."""
+        self.pieces: list[tuple[list[int], str]] = []
+        """(tokens, their text) of each."""
         self.reason, self.error, self.left = "", "", False
         self.done = threading.Event()
         self.late = 0
 
     def request_id(self) -> str:
         return ""
+
+    def requested_output_names(self) -> list[str]:
+        return ["output_ids", "text_output", "finish_reason"]
 
     def get_response_sender(self) -> Request:
         return self
@@ -68,9 +71,9 @@ class Request:
         if response.error is not None:
             self.error = str(response.error)
         elif response.found:
-            names = ("output_ids", "context_ids", "text_begin", "text_end")
-            self.pieces.append([response.found[name].reshape(-1).tolist() for name in names])
-            self.tokens += self.pieces[-1][0]
+            tokens = response.found["output_ids"].reshape(-1).tolist()
+            self.pieces.append((tokens, response.found["text_output"].flat[0].decode()))
+            self.tokens += tokens
             self.reason = response.found["finish_reason"].flat[0].decode()
         if flags & LAST:
             self.done.set()
@@ -133,9 +136,8 @@ def in_intervals(made: Any, folder: str, seen: dict[str, Any]) -> Any:
     began = time.monotonic()
     engine.ask(request)
     seen["interval_s"] = time.monotonic() - began
-    seen["interval"] = [len(tokens) for tokens, *_ in request.pieces]
-    texts = [engine.model.decode(before + new)[begin:end] for new, before, (begin,), (end,) in request.pieces]
-    seen["whole"] = "".join(texts) == engine.model.decode(request.tokens)
+    seen["interval"] = [len(tokens) for tokens, _ in request.pieces]
+    seen["whole"] = "".join(text for _, text in request.pieces) == engine.model.decode(request.tokens)
     engine.model.finalize()
     return request.end
 

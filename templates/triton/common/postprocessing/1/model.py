@@ -1,4 +1,4 @@
-"""Tokens -> text: of each sequence, or the asked part of the text of its last tokens."""
+"""Tokens -> text, of each sequence."""
 
 import json
 from pathlib import Path
@@ -19,21 +19,15 @@ class TritonPythonModel:
 
     def _answer(self, request):
         tokens, lengths = _tensor(request, "TOKENS_BATCH"), _tensor(request, "SEQUENCE_LENGTH")
-        context, begin, end = (_tensor(request, name) for name in ("CONTEXT", "TEXT_BEGIN", "TEXT_END"))
-        before = [] if context is None else context.reshape(-1).tolist()
-        texts = []
         rows = tokens.reshape(lengths.size, tokens.shape[-1])
-        for row, length in zip(rows, lengths.reshape(-1), strict=True):
-            text = self.tokenizer.decode(before + row[:length].tolist(), skip_special_tokens=self.skip)
-            if begin is not None and end is not None:
-                last = int(end.flat[0])
-                text = text[int(begin.flat[0]) : last if last >= 0 else None]
-            texts.append(text.encode())
+        texts = [
+            self.tokenizer.decode(row[:length].tolist(), skip_special_tokens=self.skip).encode()
+            for row, length in zip(rows, lengths.reshape(-1), strict=True)
+        ]
         shape = lengths.shape if lengths.ndim > 1 else (1, len(texts))
         output = np.array(texts, dtype=object).reshape(shape)
         return pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT", output)])
 
 
 def _tensor(request, name):
-    found = pb_utils.get_input_tensor_by_name(request, name)
-    return None if found is None else found.as_numpy()
+    return pb_utils.get_input_tensor_by_name(request, name).as_numpy()

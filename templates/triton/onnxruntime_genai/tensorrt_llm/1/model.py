@@ -12,13 +12,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from choice import Choice
 from rows import Rows, threads
-from text import Pieces, Streamer, first
+from text import Streamer, first
 from tokenizers import Tokenizer
 
 _LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _PIECE, _WHOLE = 64, 512
 """Tokens of prompts that are read between two tokens of the answers that run; and where none runs."""
 _LOOK_S = 0.1
+_TEXT = "text_output"
 _FIRST_S = 0.002
 """What a first token takes to the client. The graph has a thread on each core, and where the kernel lets it keep them
 for its slices it takes four times as long. See docs/adr/0026."""
@@ -284,8 +285,13 @@ class _Job:
             seed=None if seed is None else int(seed),
             penalty=float(_value(request, "repetition_penalty", 1.0)),
         )
-        self.streamer = Streamer(engine.decode, self.stops) if self.stream or self.stops else None
-        self.pieces, self.sent = Pieces(self.streamer), 0.0
+        self.names = request.requested_output_names()
+        self.asks_text = _TEXT in self.names
+        self.streamer = Streamer(engine.decode, self.stops)
+        self.heard, self.text = 0, ""
+        """How many tokens the streamer has heard, and what of their text has not left."""
+        self.told, self.sent = 0, 0.0
+        """How many tokens have left, and when the last of them did."""
         self.length = 0
         """Tokens in the cache."""
         self.row = None
@@ -298,7 +304,7 @@ class _Job:
             self.row = row
             self.engine.rows.choose(row, self.adapter)
             if self.stream and not self.engine.exclude:
-                self._respond(self.prompt, [], 0, -1, "")
+                self._respond(self.prompt, self.engine.decode(self.prompt), "")
         if self.asked.over:
             self.end("cancelled")
             return 0
@@ -320,8 +326,8 @@ class _Job:
             return self.end("stop")
         self.tokens.append(token)
         full = len(self.tokens) >= self.count
-        if self.streamer:
-            self._hear(token, full)
+        if self.stops:
+            self._hear(full)
             if self.streamer.stopped:
                 return self.end("stop")
         if any(self.tokens[-len(s) :] == s for s in self.sequences):
@@ -332,44 +338,51 @@ class _Job:
             self.flush()
         return None
 
-    def _hear(self, token, last):
-        if not self.stream:
-            self.streamer.push([token], last)
-        elif (piece := self.pieces.add(token, last)) is not None:
-            self._respond(*piece, "")
+    def _hear(self, last=False):
+        """Make text of the tokens that are new; where nothing looks for words in it, of several at once."""
+        new, self.heard = self.tokens[self.heard :], len(self.tokens)
+        if self.stops or self.asks_text:
+            self.text += self.streamer.push(new)
+            self.text += self.streamer.push([], last) if last and not self.streamer.stopped else ""
 
     def flush(self):
-        """Send what is certain."""
-        if self.pieces.kept:
-            self._respond(*self.pieces.take(), "")
+        """Send what is certain, of an answer that streams."""
+        if not self.stream:
+            return
+        self._hear()
+        if self.text or not self.asks_text:
+            self._tell("")
             self.sent = time.monotonic()
+
+    def _tell(self, reason):
+        new, self.told = self.tokens[self.told :], len(self.tokens)
+        text, self.text = self.text, ""
+        self._respond(new, text, reason)
 
     def end(self, reason):
         self.ended = True
-        if not self.stream:
-            text = self.engine.decode(self.tokens) if self.stops else ""
-            place = first(text, self.stops)
-            if self.engine.exclude:
-                self._respond(self.tokens, [], 0, place, reason)
-            else:
-                shift = len(self.engine.decode(self.prompt)) if place >= 0 else 0
-                self._respond(self.prompt + self.tokens, [], 0, place + shift if place >= 0 else -1, reason)
-        else:
-            whole = reason in ("stop", "cancelled") and not self.streamer.stopped
-            self._respond(*(self.pieces.rest() if whole else self.pieces.take()), reason)
+        if self.stream:
+            self._hear(last=True)
+            self._tell(reason)
+            return
+        before = [] if self.engine.exclude else self.prompt
+        text = self.engine.decode(before + self.tokens) if self.asks_text else ""
+        if self.streamer.stopped and self.asks_text:
+            place = first(self.engine.decode(self.tokens), self.stops)
+            text = text[: place + len(self.engine.decode(before))] if place >= 0 else text
+        self._respond(before + self.tokens, text, reason)
 
-    def _respond(self, tokens, before, begin, end, reason):
+    def _respond(self, tokens, text, reason):
         def make():
             number = np.int32
-            return pb_utils.InferenceResponse([
-                pb_utils.Tensor("output_ids", np.array([[tokens]], number).reshape(1, 1, len(tokens))),
-                pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], number)),
-                pb_utils.Tensor("context_ids", np.array([before], number).reshape(1, len(before))),
-                pb_utils.Tensor("text_begin", np.array([[begin]], number)),
-                pb_utils.Tensor("text_end", np.array([[end]], number)),
-                pb_utils.Tensor("prompt_length", np.array([[len(self.prompt)]], number)),
-                pb_utils.Tensor("finish_reason", np.array([[reason.encode()]], dtype=object)),
-            ])  # fmt: skip
+            found = {
+                "output_ids": np.array([[tokens]], number).reshape(1, 1, len(tokens)),
+                "sequence_length": np.array([[len(tokens)]], number),
+                "prompt_length": np.array([[len(self.prompt)]], number),
+                "finish_reason": np.array([[reason.encode()]], dtype=object),
+                _TEXT: np.array([[text.encode()]], dtype=object),
+            }
+            return pb_utils.InferenceResponse([pb_utils.Tensor(name, found[name]) for name in self.names])
 
         self.engine.respond(self.asked, make, _LAST if reason else 0)
 
