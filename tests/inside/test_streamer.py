@@ -59,6 +59,13 @@ def test_characters_are_whole_and_none_is_lost(decode: object, size: int) -> Non
     assert len([piece for piece in pieces if piece]) > 5
 
 
+def test_the_window_stays_short() -> None:
+    streamer = text.Streamer(by_bytes)
+    for token in (TEXT * 9).encode():
+        streamer.push([token])
+        assert len(streamer.window) < 50
+
+
 def skipping(decode: Callable[[list[int]], str]) -> Callable[[list[int]], str]:
     """A decoder for which tokens from 1000 on are special: they have no text."""
     return lambda tokens: decode([token for token in tokens if token < 1000])
